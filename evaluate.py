@@ -1,0 +1,203 @@
+"""Accuracy, FLOPs and kept tokens of a ViT, dense and with its tokens reduced.
+
+    python evaluate.py                                            the demo and its learned thresholds
+    python evaluate.py --data /imagenet --model deit_small_patch16_224 --thresholds out/thresholds.json
+    python evaluate.py --method tome --r 8                        the same ViT with a fixed count instead
+"""
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import data
+import ltmp
+from flops import flops_ratio, model_flops
+
+DEMO = Path(__file__).parent / "demo"
+DEMO_WEIGHTS, DEMO_THRESHOLDS = DEMO / "vit_demo.pth", DEMO / "thresholds.json"
+
+
+# ---------------------------------------------------------------------------------------------
+# What train.py and evaluate.py share: flags, the model, the progress line, files
+
+
+def add_common_arguments(parser):
+    """The flags that train.py and evaluate.py have in common."""
+    parser.add_argument("--data", metavar="DIR", help="image folder with train/ and val/, one folder per class in each, "
+                        "or a folder with Fashion-MNIST's original files (default: the embedded Fashion-MNIST)")
+    parser.add_argument("--model", choices=ltmp.VARIANTS, metavar="NAME",
+                        help="one of %(choices)s (default: demo; with --data deit_small_patch16_224)")
+    parser.add_argument("--weights", metavar="FILE", help="checkpoint of the ViT, or none for random weights "
+                        "(default: the demo's own, or DeiT's official ones, downloaded once)")
+    parser.add_argument("-b", "--batch-size", type=positive, default=128, metavar="N", help="images per step (default: %(default)s)")
+    parser.add_argument("--limit-val", type=positive, metavar="N", help="evaluate on N images, evenly spread (default: all)")
+    parser.add_argument("--workers", type=int, metavar="N",
+                        help="processes that load images (default: one per core, at most 8; none for Fashion-MNIST)")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
+    parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
+                        help="mixed precision, CUDA only: bfloat16, or float16 where the GPU lacks it (default: on)")
+
+
+def positive(text):
+    """argparse type: a whole number above 0."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def default_model(args):
+    """Name of the model that the flags ask for."""
+    return args.model or ("deit_small_patch16_224" if args.data else "demo")
+
+
+def build_model(name, method, weights=None, tau=0.1, r=None):
+    """create_model and its weights: weights a path, "none" for random ones, or None for the model's own."""
+    model = ltmp.create_model(name, method, tau=tau, r=r)
+    if weights is None:
+        weights = DEMO_WEIGHTS if name == "demo" else ltmp.official_weights(name)
+    return model if weights == "none" else ltmp.load_weights(model, weights)
+
+
+def dense_twin(model):
+    """The same weights without merging or pruning."""
+    dense = ltmp.LTMPViT(model.config, "dense").to(next(model.parameters()).device)
+    return ltmp.load_weights(dense, model.state_dict())
+
+
+def amp_dtype(device, amp):
+    """bfloat16 on CUDA, float16 where the GPU lacks it, None (float32) elsewhere or with --no-amp."""
+    if device.type != "cuda" or amp is False:
+        return None
+    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+
+
+def amp_context(device, amp):
+    """Autocast to amp_dtype."""
+    dtype = amp_dtype(device, amp)
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def make_loader(dataset, args, device, **options):
+    """A DataLoader with the workers that --workers says, or that suit the data; pinned memory on CUDA."""
+    in_memory = isinstance(getattr(dataset, "dataset", dataset), data.FashionMNIST)
+    workers = args.workers if args.workers is not None else 0 if in_memory else min(8, os.cpu_count() or 1)
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)
+
+
+class Progress:
+    """One line that renews itself in a terminal; elsewhere a plain line every `every` seconds."""
+
+    def __init__(self, every=10):
+        self.live, self.every, self.start, self.shown = sys.stderr.isatty(), every, time.time(), time.time()
+
+    def show(self, text, done, total):
+        """Show text with the share done and an estimate of the time left."""
+        now = time.time()
+        if now - self.shown < (0.1 if self.live else self.every) and done < total:
+            return
+        self.shown = now
+        left = (now - self.start) / done * (total - done)
+        line = f"{text}  {int(left) // 60}:{int(left) % 60:02d} left" if done < total else f"{text}  {now - self.start:.0f} s"
+        print(f"\r{line}\x1b[K" if self.live else line, end="" if self.live and done < total else "\n", file=sys.stderr, flush=True)
+
+
+def write_file(path, text):
+    """Write under a temporary name, then rename: the file is whole at every moment."""
+    Path(f"{path}.tmp").write_text(text)
+    os.replace(f"{path}.tmp", path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Measuring
+
+
+@torch.inference_mode()
+def measure(model, loader, device, amp=None, name="evaluate"):
+    """Run inference, tokens really dropped, over a loader of (images, labels).
+
+    Returns a dict: top1, top5 (percent), flops_ratio (r per image, averaged), gflops (multiply-adds
+    per image / 1e9), kept (mean tokens after each block), images.
+    """
+    model.eval()
+    hits, kept_sum, ratio_sum, images_seen = torch.zeros(2), torch.zeros(model.config.depth, dtype=torch.float64), 0.0, 0
+    progress, batches = Progress(), len(loader)
+    for step, (images, labels) in enumerate(loader, 1):
+        images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+        with amp_context(device, amp):
+            logits, kept = model(images)  # (B, classes), (depth, B)
+        best = logits.float().topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+        hits += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
+        kept_sum += kept.double().sum(1).cpu()
+        ratio_sum += flops_ratio(kept.double(), model.config).item() * len(images)
+        images_seen += len(images)
+        progress.show(f"{name}: {images_seen} images, top-1 {100 * hits[0] / images_seen:.2f} %", step, batches)
+    top1, top5 = (100 * hits / images_seen).tolist()
+    ratio = ratio_sum / images_seen
+    return {"top1": top1, "top5": top5, "flops_ratio": ratio, "gflops": ratio * model_flops(model.config) / 1e9,
+            "kept": (kept_sum / images_seen).tolist(), "images": images_seen}
+
+
+def measure_both(model, loader, device, amp=None):
+    """measure() of the model, and of its dense twin as dense_top1, dense_top5 and dense_gflops."""
+    dense = measure(dense_twin(model), loader, device, amp, "dense")
+    reduced = dense if model.method == "dense" else measure(model, loader, device, amp, model.method)
+    return reduced | {f"dense_{key}": dense[key] for key in ("top1", "top5", "gflops")}
+
+
+def report(metrics, name, method):
+    """The five lines that say what came out."""
+    kept = metrics["kept"]
+    return (f"{name}, {method}, {metrics['images']} validation images\n"
+            f"  dense    top-1 {metrics['dense_top1']:6.2f} %   top-5 {metrics['dense_top5']:6.2f} %   {metrics['dense_gflops']:.3g} GFLOPs per image\n"
+            f"  reduced  top-1 {metrics['top1']:6.2f} %   top-5 {metrics['top5']:6.2f} %   {metrics['gflops']:.3g} GFLOPs per image\n"
+            f"  r = {metrics['flops_ratio']:.3f}: {100 - 100 * metrics['flops_ratio']:.1f} % fewer FLOPs, top-1 changes by {metrics['top1'] - metrics['dense_top1']:+.2f} points\n"
+            f"  tokens after each block: {' '.join(f'{tokens:.0f}' for tokens in kept)}")
+
+
+# ---------------------------------------------------------------------------------------------
+
+
+def chosen_model(args):
+    """The model that the flags ask for, with weights and thresholds, and its name."""
+    name = default_model(args)
+    if args.method in ("dense", "tome", "topk"):
+        return build_model(name, args.method, args.weights, r=args.r), name
+    path = args.thresholds or (DEMO_THRESHOLDS if name == "demo" else None)
+    if path is None:
+        raise ValueError("--thresholds FILE is needed: the thresholds.json that train.py wrote")
+    found = ltmp.read_thresholds(path)
+    model = build_model(name, args.method or found["method"], args.weights)
+    return ltmp.load_thresholds(model, found), name
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Evaluate a ViT, dense and with its tokens reduced. Without arguments: the demo.")
+    add_common_arguments(parser)
+    parser.add_argument("--method", choices=ltmp.METHODS, help="default: the one in the thresholds file, else ltmp")
+    parser.add_argument("--thresholds", metavar="FILE", help="thresholds.json from training (default: the demo's; none needed for dense, tome, topk)")
+    parser.add_argument("--r", type=int, nargs="+", metavar="N", help="tokens that tome or topk removes per block: one number, or one per block")
+    parser.add_argument("--json", metavar="FILE", help="write the metrics there")
+    args = parser.parse_args(argv)
+    device = torch.device(args.device)
+    try:
+        model, name = chosen_model(args)
+        config = model.config
+        loader = make_loader(data.subset(data.open_split(args.data, "val", data.eval_transform(
+            config.image_size, config.crop_pct, config.mean, config.std)), args.limit_val), args, device, batch_size=args.batch_size)
+    except ValueError as error:
+        sys.exit(f"evaluate.py: {error}")
+    metrics = {"model": name, "method": model.method} | measure_both(model.to(device), loader, device, args.amp)
+    print(report(metrics, name, model.method))
+    if args.json:
+        write_file(args.json, json.dumps(metrics, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Analytic FLOPs of a ViT whose blocks keep fewer and fewer tokens.
+
+FLOPs are multiply-adds of the linear layers, the convolution and the two attention products, as in
+the paper (DeiT-S at 224: 4.6 G). Left out, as there: norms, softmax, GELU, biases, and the matching
+of merge (n^2 / 4 similarities of D multiply-adds: 0.2 % of DeiT-S).
+
+    python flops.py deit_small_patch16_224                       a table per layer
+    python flops.py deit_small_patch16_224 --kept 190 180 ...    the same, with tokens kept after each block
+
+A config here is anything with image_size, patch_size, dim, depth, num_classes and mlp_ratio.
+"""
+
+import argparse
+import json
+
+import torch
+from torch.utils import flop_counter
+
+# torch's own counter, which the tests compare with, knows fused attention on CUDA but not on CPU.
+_cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+if _cpu_attention not in flop_counter.flop_registry:
+    flop_counter.register_flop_formula(_cpu_attention)(
+        lambda query, key, value, *args, **options: flop_counter.sdpa_flop_count(query, key, value))
+
+
+def layer_flops(config, kept=None):
+    """Multiply-adds per image of every layer, in order: (name, tokens that go in, multiply-adds).
+
+    kept: tokens after each block, the class token included, each a number or a tensor of any one
+    shape (all tokens if None). Attention still sees what the block before kept; the MLP sees what
+    this block keeps.
+    """
+    d, patches = config.dim, (config.image_size // config.patch_size) ** 2
+    kept = [patches + 1] * config.depth if kept is None else list(kept)
+    if len(kept) != config.depth:
+        raise ValueError(f"kept must hold one count per block: {config.depth}, not {len(kept)}")
+    layers, n = [("patch_embed", patches, patches * 3 * config.patch_size**2 * d)], patches + 1
+    for i, m in enumerate(kept):
+        layers.append((f"blocks.{i}.attn", n, 4 * n * d * d + 2 * n * n * d))  # qkv, proj; q k^T, attn v
+        layers.append((f"blocks.{i}.mlp", m, 2 * m * d * int(d * config.mlp_ratio)))
+        n = m
+    return layers + [("head", 1, d * config.num_classes)]
+
+
+def model_flops(config, kept=None):
+    """Multiply-adds per image. kept: (depth,) or (depth, B), all tokens if None -> a number or (B,)."""
+    return sum(flops for _, _, flops in layer_flops(config, kept))
+
+
+def flops_ratio(kept, config):
+    """r, the model's FLOPs as a share of the dense model's: (depth, B) -> scalar, differentiable.
+
+    Counted per image, then averaged: the true mean FLOPs of the batch. The paper puts the batch's
+    mean token counts into the formula; attention is quadratic in them, so that this gives a little
+    less whenever images keep different counts.
+    """
+    return (model_flops(config, kept) / model_flops(config)).mean()
+
+
+def main():
+    from ltmp import VARIANTS
+
+    parser = argparse.ArgumentParser(description="FLOPs (multiply-adds) per image, layer by layer.")
+    parser.add_argument("model", choices=VARIANTS, metavar="MODEL", help=", ".join(VARIANTS))
+    parser.add_argument("--kept", nargs="+", type=float, metavar="N",
+                        help="tokens kept after each block, class token included (default: all)")
+    parser.add_argument("--metrics", metavar="FILE", help="take the kept tokens from a metrics.json instead")
+    args = parser.parse_args()
+    config, kept = VARIANTS[args.model], args.kept
+    if args.metrics:
+        with open(args.metrics) as file:
+            kept = json.load(file)["kept"]
+    try:
+        layers = layer_flops(config, kept)
+    except ValueError as error:
+        parser.error(str(error))
+    total, dense = model_flops(config, kept), model_flops(config)
+    print(f"{'layer':<16}{'tokens':>8}{'MFLOPs':>10}{'share':>8}")
+    for name, tokens, flops in layers:
+        print(f"{name:<16}{tokens:>8g}{flops / 1e6:>10.1f}{100 * flops / total:>7.1f}%")
+    print(f"{'total':<24}{total / 1e6:>10.1f}   {total / 1e9:.3g} GFLOPs per image, r = {total / dense:.3f}")
+
+
+if __name__ == "__main__":
+    main()

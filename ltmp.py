@@ -1,0 +1,524 @@
+"""Learned Thresholds Token Merging and Pruning (LTMP) for Vision Transformers, in one file.
+
+Method: M. Bonnaerens and J. Dambre, "Learned Thresholds Token Merging and Pruning for Vision
+Transformers", TMLR 2023, arXiv 2307.10780. Between attention and MLP of every block two learned
+scalars decide which tokens are merged into a similar one and which are dropped.
+
+Read from top to bottom: configurations, the masker (the learned threshold), merge and prune,
+attention, the block that puts them in order, the model, its weights. Only torch is needed, so this
+file can be copied alone.
+
+Shapes: B images, N tokens (the class token first), C channels, H heads, D = C / H channels a head.
+Three tensors travel together from block to block:
+
+    x     (B, N, C)   the tokens; live ones first, dead ones behind them
+    size  (B, N)      how many input patches a token stands for (1 at the start)
+    mask  (B, N)      exactly 1 for a live token and exactly 0 for a dead one; differentiable
+"""
+
+import json
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+__version__ = "0.1.0"
+
+
+# ---------------------------------------------------------------------------------------------
+# Configurations
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """Shape of a plain ViT with a class token, and how its images are prepared.
+
+    image_size and patch_size are in pixels (square). num_classes=0 means no head: the model then
+    returns the class feature (B, dim). layer_scale adds a learned scale per channel to each
+    residual branch (`ls1`, `ls2`). mean, std and crop_pct belong to the published weights:
+    evaluation resizes to image_size / crop_pct, crops the centre and normalizes.
+    """
+
+    image_size: int = 224
+    patch_size: int = 16
+    dim: int = 384
+    depth: int = 12
+    heads: int = 6
+    num_classes: int = 1000
+    mlp_ratio: float = 4.0
+    layer_scale: bool = False
+    mean: tuple = (0.485, 0.456, 0.406)
+    std: tuple = (0.229, 0.224, 0.225)
+    crop_pct: float = 0.9
+
+    def __post_init__(self):
+        if self.image_size % self.patch_size or self.dim % self.heads:
+            raise ValueError(f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}, "
+                             f"and dim {self.dim} of heads {self.heads}")
+
+    @property
+    def num_tokens(self):
+        """Tokens of one image: its patches and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
+
+DEIT = ViTConfig()  # DeiT-S; the others differ from it as below
+AUGREG = replace(DEIT, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))  # "How to train your ViT?"
+VARIANTS = {
+    "deit_tiny_patch16_224": replace(DEIT, dim=192, heads=3),
+    "deit_small_patch16_224": DEIT,
+    "deit_base_patch16_224": replace(DEIT, dim=768, heads=12),
+    "deit_base_patch16_384": replace(DEIT, dim=768, heads=12, image_size=384, crop_pct=1.0),
+    "vit_tiny_patch16_224": replace(AUGREG, dim=192, heads=3),
+    "vit_small_patch16_224": AUGREG,
+    "vit_base_patch16_224": replace(AUGREG, dim=768, heads=12),
+    "vit_large_patch16_224": replace(AUGREG, dim=1024, depth=24, heads=16),
+    # A 0.6 M ViT for Fashion-MNIST: 14 x 14 patches of 2 x 2 pixels, the token grid of DeiT at 224.
+    "demo": ViTConfig(28, 2, 64, 12, 4, 10, mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0),
+}
+
+# What each method does between attention and MLP, in this order. "tome" and "topk" are "ltm" and
+# "ltp" with a fixed count of r tokens per block in place of a learned threshold.
+METHODS = {
+    "dense": (),
+    "ltmp": ("merge", "prune"),
+    "ltm": ("merge",),
+    "ltp": ("prune",),
+    "ltpm": ("prune", "merge"),
+    "tome": ("merge",),
+    "topk": ("prune",),
+}
+
+
+# ---------------------------------------------------------------------------------------------
+# Maskers: scores in, a mask of exact zeros and ones out
+
+
+class ThresholdMasker(nn.Module):
+    """The learned threshold: mask = (score > threshold), with the gradient of a sigmoid (paper: learned thresholds).
+
+    Forward is the hard decision, backward the slope of sigmoid((score - threshold) / tau). In this
+    arrangement, soft + (hard - soft), float arithmetic gives exactly 0 and 1: hard - soft is exact
+    because hard = 1 only where soft >= 0.5. (hard - soft) + soft leaves 6e-8 instead of 0.
+    """
+
+    def __init__(self, threshold, tau):
+        super().__init__()
+        self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
+        self.tau = tau
+
+    def forward(self, scores, live):
+        """scores (B, M) float32, live (B, N) unused -> mask (B, M) float32 of 0 and 1."""
+        threshold = self.threshold.float()
+        soft = torch.sigmoid((scores - threshold) / self.tau)
+        return soft + ((scores > threshold).float() - soft).detach()
+
+
+class FixedCountMasker(nn.Module):
+    """The rule of ToMe and top-k pruning: r tokens per image, whatever their scores.
+
+    which="most similar" puts 1 on the r highest scores (they merge), which="least important" puts
+    0 on the r lowest (they are dropped). At most (n - 1) // 2 of n live tokens are taken.
+    """
+
+    def __init__(self, r, which):
+        super().__init__()
+        self.r, self.which = r, which
+
+    def forward(self, scores, live):
+        """scores (B, M) float32, live (B, N) of 0 and 1 -> mask (B, M) float32 of 0 and 1."""
+        r = ((live.sum(1, keepdim=True) - 1) // 2).clamp(min=0, max=self.r)  # (B, 1)
+        if self.which == "most similar":  # tokens that may not merge have the score -inf: last
+            return (_rank(scores, descending=True) < r).float()
+        return (_rank(scores, descending=False) >= r).float()  # dead tokens have the score inf: last
+
+
+def _rank(scores, descending):
+    """Position of each score in its sorted row; the earlier of two equal scores comes first."""
+    return scores.sort(dim=1, descending=descending, stable=True).indices.argsort(dim=1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Merge, prune, and the order of the tokens
+
+
+def merge(x, key, size, mask, importance, masker):
+    """Merge every other token into the most similar of the rest (paper: token merging; the matching is ToMe's, arXiv 2210.09461).
+
+    Live tokens at positions 0, 2, 4 ... are set A, those at 1, 3, 5 ... set B. Each A token looks
+    for the B token with the most similar key (cosine) and merges into it where `masker` says 1.
+    The class token (position 0) never merges. Several A tokens may merge into one B token: its
+    feature becomes the mean of all, weighted by size, its importance their maximum.
+
+    x (B, N, C), key (B, N, D), size, mask, importance (B, N), live tokens first ->
+    x, size, mask, importance in the new order: set A, then set B. A tokens that merged are dead.
+    """
+    if x.shape[1] < 3:  # the class token and at most one partner: nothing can merge
+        return x, size, mask, importance
+    x_a, x_b = x[:, 0::2], x[:, 1::2]  # (B, Na, C), (B, Nb, C)
+    size_a, size_b = size[:, 0::2], size[:, 1::2]
+    mask_a, mask_b = mask[:, 0::2], mask[:, 1::2]
+    importance_a, importance_b = importance[:, 0::2], importance[:, 1::2]
+
+    with torch.autocast(x.device.type, enabled=False):  # scores stay float32 under AMP
+        key = F.normalize(key.float(), dim=-1)
+        similarity = key[:, 0::2] @ key[:, 1::2].transpose(1, 2)  # (B, Na, Nb)
+    similarity = similarity.clamp(max=1).masked_fill(mask_b[:, None] == 0, -math.inf)
+    similarity, partner = similarity.max(dim=2)  # (B, Na), (B, Na)
+    fixed = mask_a == 0
+    fixed[:, 0] = True  # neither dead tokens nor the class token merge
+    merged = masker(similarity.masked_fill(fixed, -math.inf), mask)  # (B, Na) of 0 and 1
+
+    # The decision acts on the loss through the mask alone, and through the tokens that merged alone:
+    # their gradient says what giving them back would do. That of a token that did not merge says
+    # what removing it would do, which is not what merging it would do.
+    mask_a = torch.where(merged > 0, mask_a * (1 - merged), mask_a)
+    weight = merged.detach() * size_a  # (B, Na)
+    total = size_b.scatter_add(1, partner, weight)  # (B, Nb)
+    target = partner[:, :, None].expand_as(x_a)
+    summed = (x_b * size_b[:, :, None]).scatter_add(1, target, x_a * weight[:, :, None])
+    x_b = (summed / total[:, :, None]).to(x.dtype)  # (B, Nb, C)
+    importance_b = importance_b.scatter_reduce(
+        1, partner, importance_a.masked_fill(merged.detach() == 0, 0), "amax")  # (B, Nb)
+
+    return (torch.cat([x_a, x_b], 1), torch.cat([size_a, total], 1),
+            torch.cat([mask_a, mask_b], 1), torch.cat([importance_a, importance_b], 1))
+
+
+def prune(mask, importance, masker):
+    """Drop the tokens whose importance is not above the threshold (paper: token pruning).
+
+    Only live tokens are judged: to the mask of a dead one each later block adds what the token
+    would change there. The class token has importance inf: it always stays.
+
+    mask, importance (B, N) -> mask (B, N).
+    """
+    return mask * masker(importance.masked_fill(mask == 0, math.inf), mask)
+
+
+def live_first(mask, tensors, drop):
+    """Move the dead behind the live, whose order stays; with drop=True cut off what no image of the batch needs.
+
+    This is what makes the masked and the dropping execution one function: "every other live token"
+    means the same tokens in both. mask (B, N), tensors (B, N) or (B, N, C) -> mask, tensors.
+    """
+    order = torch.sort((mask == 0).int(), dim=1, stable=True).indices  # (B, N)
+    if drop:
+        order = order[:, : int((mask > 0).sum(1).max())]  # (B, N'), N' the longest image
+    move = lambda t: t.gather(1, order if t.dim() == 2 else order[:, :, None].expand(-1, -1, t.shape[2]))
+    return move(mask), [move(t) for t in tensors]
+
+
+# ---------------------------------------------------------------------------------------------
+# The ViT
+
+
+class PatchEmbed(nn.Module):
+    """Image to patches to tokens: (B, 3, S, S) -> (B, (S / patch_size)^2, C)."""
+
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class MaskedAttention(torch.autograd.Function):
+    """Proportional attention (ToMe, arXiv 2210.09461) over the live tokens, and the importance of each token (paper).
+
+        attn_ij = m_j s_j exp(q_i k_j) / sum_n m_n s_n exp(q_i k_n)        m: mask, s: size
+        importance_j = mean over heads and over live queries i of attn_ij
+
+    A token that stands for s patches is attended to s times: log s joins the logits. The mask is a
+    factor, so that it has a gradient also where it is 0: what a dead token would add were it alive.
+
+        d attn_ij / d m_n = ratio_in ((n = j) - attn_ij)        ratio_in = s_n exp(q_i k_n) / the same sum
+
+    Written out because autograd would walk six times through (B, H, N, N) to get a gradient for the
+    columns of the dead alone: ratio is attn where m = 1, and for the dead it is computed here.
+    """
+
+    LIMIT = 10.0  # log of the largest ratio: a dead token's logit may lie far above those of the live
+
+    @staticmethod
+    def forward(ctx, q, k, v, size, mask):
+        """q (scaled), k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32."""
+        logits = (q @ k.transpose(-2, -1)).float()  # (B, H, N, N)
+        logits += size.log().masked_fill(mask == 0, -math.inf)[:, None, None]
+        attn = logits.softmax(-1)
+        queries = mask / mask.sum(1, keepdim=True)  # (B, N)
+        mean_attn = attn.mean(1)  # (B, N, N)
+        if any(ctx.needs_input_grad):  # log of the sum, from the largest attn of each row: that never underflows
+            log_sum = logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()  # (B, H, N, 1)
+            ctx.save_for_backward(q, k, v, size, mask, attn, log_sum, mean_attn)
+        return attn.to(v.dtype) @ v, (mean_attn * queries[:, :, None]).sum(1)
+
+    @staticmethod
+    def backward(ctx, d_out, d_importance):
+        q, k, v, size, mask, attn, log_sum, mean_attn = ctx.saved_tensors
+        lives = mask.sum(1, keepdim=True)  # (B, 1)
+        queries = mask / lives  # (B, N)
+        d_attn = (d_out @ v.transpose(-2, -1)).float()  # (B, H, N, N)
+        d_attn += (queries[:, :, None] * d_importance[:, None] / q.shape[1])[:, None]
+        d_attn -= (attn * d_attn).sum(-1, keepdim=True)  # from here on less its mean over the row
+        d_logits = attn * d_attn
+        d_mask = None
+        if ctx.needs_input_grad[4]:
+            d_mask = d_logits.sum((1, 2))  # (B, N); 0 for the dead, whose ratio is still to come
+            tail = int(lives.min())  # the dead are among the last N - tail
+            ratio = (q @ k[:, :, tail:].transpose(-2, -1)).float() + size[:, None, None, tail:].log() - log_sum
+            d_tail = (ratio.clamp_(max=MaskedAttention.LIMIT).exp_() * d_attn[..., tail:]).sum((1, 2))
+            d_mask[:, tail:] = torch.where(mask[:, tail:] == 0, d_tail, d_mask[:, tail:])
+            d_queries = (mean_attn * d_importance[:, None]).sum(2)  # (B, N)
+            d_mask += (d_queries - (queries * d_queries).sum(1, keepdim=True)) / lives
+        d_logits = d_logits.to(q.dtype)
+        d_v = attn.to(d_out.dtype).transpose(-2, -1) @ d_out
+        return d_logits @ k, d_logits.transpose(-2, -1) @ q, d_v, None, d_mask
+
+
+def masked_attention(q, k, v, size, mask):
+    """MaskedAttention with its scaling. The class token's importance is inf: it is never pruned.
+
+    q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32.
+    """
+    out, importance = MaskedAttention.apply(q * q.shape[-1] ** -0.5, k, v, size, mask)
+    return out, torch.cat([torch.full_like(importance[:, :1], math.inf), importance[:, 1:]], 1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention that also returns what merging and pruning decide by."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x, size=None, mask=None):
+        """x (B, N, C), size, mask (B, N) -> out (B, N, C), key (B, N, D), importance (B, N).
+
+        Without a mask all tokens live and nobody asks for importance: torch's fused attention.
+        """
+        B, N, C = x.shape
+        qkv = self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+        if mask is None:
+            out, importance = F.scaled_dot_product_attention(q, k, v), None
+        else:
+            out, importance = masked_attention(q, k, v, size, mask)
+        return self.proj(out.transpose(1, 2).reshape(B, N, C)), k.mean(1, dtype=torch.float32), importance
+
+
+class MLP(nn.Module):
+    """Two linear layers with exact GELU between: (B, N, C) -> (B, N, C)."""
+
+    def __init__(self, dim, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    """One learned factor per channel."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-5))
+
+    def forward(self, x):
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Attention; merge and prune as the method says; MLP on the survivors (paper: the LTMP module)."""
+
+    def __init__(self, config, method, tau, r):
+        super().__init__()
+        dim = config.dim
+        self.steps = METHODS[method]
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, config.heads)
+        self.ls1 = LayerScale(dim) if config.layer_scale else nn.Identity()
+        if "merge" in self.steps:
+            self.merge_masker = ThresholdMasker(0.9, tau) if r is None else FixedCountMasker(r, "most similar")
+        if "prune" in self.steps:
+            self.prune_masker = ThresholdMasker(0.0, tau) if r is None else FixedCountMasker(r, "least important")
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim, int(dim * config.mlp_ratio))
+        self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
+
+    def forward(self, x, size, mask, drop):
+        """x (B, N, C), size, mask (B, N) -> the same with live tokens first; fewer of them if drop."""
+        out, key, importance = self.attn(self.norm1(x), size, mask)
+        x = x + self.ls1(out)
+        for step in self.steps:
+            if step == "merge":
+                x, size, mask, importance = merge(x, key, size, mask, importance, self.merge_masker)
+            else:
+                mask = prune(mask, importance, self.prune_masker)
+            if step == "prune" or step == self.steps[-1]:  # a prune right after the merge does not mind gaps
+                mask, (x, size, importance, key) = live_first(mask, (x, size, importance, key), drop)
+        return x + self.ls2(self.mlp(self.norm2(x))), size, mask
+
+
+class LTMPViT(nn.Module):
+    """A ViT whose blocks merge and prune tokens by learned thresholds.
+
+    config: a ViTConfig. method: one of METHODS. tau: temperature of the threshold's gradient.
+    r: for the methods "tome" and "topk", how many tokens each block removes: one number, or one per block.
+    """
+
+    def __init__(self, config, method="ltmp", tau=0.1, r=None):
+        super().__init__()
+        if method not in METHODS:
+            raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+        if (method in ("tome", "topk")) != (r is not None):
+            raise ValueError(f"r, the tokens removed per block, goes with tome and topk alone; got {method} with r={r}")
+        counts = list(r) if isinstance(r, (list, tuple)) else [r] * config.depth
+        if len(counts) != config.depth or (r is not None and not all(isinstance(c, int) and c >= 0 for c in counts)):
+            raise ValueError(f"r must be one count >= 0 or {config.depth} of them, one per block; got {r}")
+        self.config, self.method = config, method
+        self.patch_embed = PatchEmbed(config.patch_size, config.dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(_sincos_positions(config))
+        self.blocks = nn.ModuleList(Block(config, method, tau, count) for count in counts)
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self.head = nn.Linear(config.dim, config.num_classes) if config.num_classes else nn.Identity()
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, images, drop=None):
+        """images (B, 3, S, S), normalized -> logits (B, num_classes), kept (depth, B).
+
+        kept: live tokens after each block, the class token included; differentiable in training.
+        drop: cut dead tokens off (default in eval mode), or keep them, masked (default in training,
+        where a threshold needs the gradient of the tokens that it removed). The logits are the same.
+        """
+        S = self.config.image_size
+        if images.dim() != 4 or images.shape[1:] != (3, S, S):
+            raise ValueError(f"images must be (B, 3, {S}, {S}); got {tuple(images.shape)}")
+        drop = not self.training if drop is None else drop
+        x = self.patch_embed(images)  # (B, N - 1, C)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, N, C)
+        size = torch.ones(x.shape[:2], device=x.device)  # (B, N)
+        mask = None if self.method == "dense" else torch.ones_like(size)  # (B, N)
+        kept = []
+        for block in self.blocks:
+            x, size, mask = block(x, size, mask, drop)
+            kept.append((size if mask is None else mask).sum(1))
+        return self.head(self.norm(x[:, 0])), torch.stack(kept)
+
+
+def _sincos_positions(config):
+    """Where position embeddings start when trained from scratch: sines of 2-D positions. (1, N, C)"""
+    grid, quarter = config.image_size // config.patch_size, config.dim // 4
+    angle = torch.arange(grid)[:, None] * 1e-4 ** (torch.arange(quarter) / quarter)  # (grid, C / 4)
+    row, column = angle[:, None].expand(-1, grid, -1), angle[None].expand(grid, -1, -1)
+    waves = torch.cat([row.sin(), row.cos(), column.sin(), column.cos()], 2).flatten(0, 1)  # (N - 1, C')
+    return 0.5 * F.pad(waves, (0, config.dim - 4 * quarter, 1, 0))[None]  # zeros for the class token
+
+
+def create_model(name, method="ltmp", num_classes=None, tau=0.1, r=None, **changes):
+    """A model by its name in VARIANTS, with random weights; `changes` replace fields of its ViTConfig."""
+    if name not in VARIANTS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(VARIANTS)}")
+    if num_classes is not None:
+        changes["num_classes"] = num_classes
+    return LTMPViT(replace(VARIANTS[name], **changes), method, tau, r)
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights and thresholds
+
+DEIT_URL = "https://dl.fbaipublicfiles.com/deit/"
+WEIGHTS = {  # the digits are the start of the file's SHA-256, checked after download
+    "deit_tiny_patch16_224": DEIT_URL + "deit_tiny_patch16_224-a1311bcf.pth",
+    "deit_small_patch16_224": DEIT_URL + "deit_small_patch16_224-cd65a155.pth",
+    "deit_base_patch16_224": DEIT_URL + "deit_base_patch16_224-b5f2ef4d.pth",
+    "deit_base_patch16_384": DEIT_URL + "deit_base_patch16_384-8de9b5d1.pth",
+}
+
+
+def official_weights(name):
+    """The published state dict of a DeiT, downloaded once into torch.hub's folder.
+
+    Raises ValueError where there is none, and where it cannot be downloaded.
+    """
+    if name not in WEIGHTS:
+        raise ValueError(f"no official weights are known for {name}: pass a checkpoint")
+    try:
+        return torch.hub.load_state_dict_from_url(WEIGHTS[name], map_location="cpu", check_hash=True, weights_only=True)
+    except (OSError, RuntimeError) as error:  # no network, or the wrong hash
+        raise ValueError(f"cannot download {WEIGHTS[name]} ({error}): pass the file as a checkpoint") from None
+
+
+def load_weights(model, source):
+    """Load a DeiT or timm state dict, or a checkpoint that holds it under the key "model". Returns the model.
+
+    source: a path, or the dict itself. Strict: every weight must be there with its shape; only
+    thresholds may be missing. What the model has no use for (thresholds of another method, the
+    head where num_classes=0) is left out. Raises ValueError naming what does not fit.
+    """
+    state, where = source, "the state dict"
+    if not isinstance(source, dict):
+        where = str(source)
+        try:
+            state = torch.load(source, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            raise ValueError(f"no checkpoint at {where}") from None
+        except Exception as error:  # torch.load raises whatever a damaged file provokes
+            raise ValueError(f"{where} is not a checkpoint: {str(error).splitlines()[0]}") from None
+    state = state.get("model", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise ValueError(f"{where} holds no state dict: names of weights and their tensors")
+
+    own = model.state_dict()
+    optional = lambda name: name.endswith("_masker.threshold") or (name.startswith("head.") and not model.config.num_classes)
+    problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in state and not optional(name)]
+    problems += [f"unexpected {name} {tuple(state[name].shape)}" for name in state if name not in own and not optional(name)]
+    problems += [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
+                 for name in own if name in state and state[name].shape != own[name].shape]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}")
+    model.load_state_dict({name: state.get(name, own[name]) for name in own})
+    return model
+
+
+def read_thresholds(path):
+    """The content of a thresholds.json as a dict. Raises ValueError where there is none."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read thresholds from {path}: {error}") from None
+    if not isinstance(found, dict) or found.get("method") not in METHODS:
+        raise ValueError(f"{path} is no thresholds.json: it names none of the methods {', '.join(METHODS)}")
+    return found
+
+
+def load_thresholds(model, source):
+    """Set the thresholds that training found. Returns the model.
+
+    source: the path of a thresholds.json, or a dict with "method" and the lists "merge_thresholds"
+    and "prune_thresholds", one number per block. Raises ValueError where they do not fit the model.
+    """
+    found = source if isinstance(source, dict) else read_thresholds(source)
+    if found.get("method") != model.method:
+        raise ValueError(f"the thresholds belong to the method {found.get('method')}, the model runs {model.method}")
+    for step in METHODS[model.method]:
+        values = found.get(f"{step}_thresholds")
+        if (not isinstance(values, list) or len(values) != len(model.blocks)
+                or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)):
+            raise ValueError(f"{step}_thresholds must be {len(model.blocks)} numbers, one per block; got {values}")
+        for block, value in zip(model.blocks, values):
+            nn.init.constant_(getattr(block, f"{step}_masker").threshold, value)
+    return model
