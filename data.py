@@ -138,7 +138,7 @@ class ImageFolder(torch.utils.data.Dataset):
 class FashionMNIST(torch.utils.data.Dataset):
     """Fashion-MNIST in memory, as RGB images of 28 x 28 pixels.
 
-    source: the embedded file (6,000 training and 2,000 test images, balanced), or a folder with the
+    source: the embedded file (4,000 training and 2,000 test images, balanced), or a folder with the
     four original *-ubyte.gz files (60,000 and 10,000). split: "train" or "test".
     """
 
@@ -185,19 +185,36 @@ class Augmented(torch.utils.data.Dataset):
         return self.transform(image, random.Random(f"{self.seed} {number}")), label
 
 
-def open_split(root, split, transform=None):
+def open_split(root, split, transform=None, val_fraction=None, seed=0):
     """The "train" or "val" part of a data set.
 
     root: None for the embedded Fashion-MNIST, a folder with its original files, or a folder that
-    holds `train` and `val`, each with one folder per class. Raises ValueError where it is none of them.
+    holds `train` and `val`, each with one folder per class. Where there is no `val`, val_fraction (a
+    share) of the images in `train`, or in root itself, becomes it: of every class its share, drawn by
+    seed. Raises ValueError where root is none of them.
     """
     if root is None or (Path(root) / "t10k-images-idx3-ubyte.gz").is_file():
         return FashionMNIST(DEMO_FILE if root is None else root, {"train": "train", "val": "test"}[split], transform)
-    if not Path(root).is_dir():
+    root = Path(root)
+    if not root.is_dir():
         raise ValueError(f"no data folder at {root}")
-    if not (Path(root) / split).is_dir():
-        raise ValueError(f"{root} has no folder {split}: it must hold train and val, each with one folder per class")
-    return ImageFolder(Path(root) / split, transform)
+    if (root / "val").is_dir() and (root / "train").is_dir():
+        return ImageFolder(root / split, transform)
+    if val_fraction is None:
+        lacks = " and ".join(name for name in ("train", "val") if not (root / name).is_dir())
+        raise ValueError(f"{root} lacks {lacks}: it must hold train and val, each with one folder per class; "
+                         "or split one folder with --val-fraction 0.1")
+    folder = ImageFolder(root / "train" if (root / "train").is_dir() else root, transform)
+    chosen = []
+    for label in range(len(folder.classes)):
+        samples = [sample for sample in folder.samples if sample[1] == label]
+        random.Random(f"{seed} {label}").shuffle(samples)
+        count = max(1, round(val_fraction * len(samples)))
+        chosen += samples[:count] if split == "val" else samples[count:]
+    folder.samples = sorted(chosen, key=lambda sample: (sample[1], sample[0]))
+    if len({label for _, label in folder.samples}) < len(folder.classes):
+        raise ValueError(f"{root}: a class has too few images to split, two at least")
+    return folder
 
 
 def subset(dataset, limit):
@@ -223,7 +240,7 @@ def main():
     parser.add_argument("--out", type=Path, default=DEMO_FILE, help="file to write (default: %(default)s)")
     args = parser.parse_args()
     arrays = {}
-    for split, per_class in (("train", 600), ("test", 200)):  # the first of each class, in their order
+    for split, per_class in (("train", 400), ("test", 200)):  # the first of each class, in their order
         full = FashionMNIST(args.folder, split)
         chosen = np.sort(np.concatenate([np.flatnonzero(full.labels == c)[:per_class] for c in range(10)]))
         arrays |= {f"{split}_images": full.images[chosen], f"{split}_labels": full.labels[chosen]}

@@ -8,6 +8,7 @@
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -33,9 +34,14 @@ def add_common_arguments(parser):
                         "or a folder with Fashion-MNIST's original files (default: the embedded Fashion-MNIST)")
     parser.add_argument("--model", choices=ltmp.VARIANTS, metavar="NAME",
                         help="one of %(choices)s (default: demo; with --data deit_small_patch16_224)")
-    parser.add_argument("--weights", metavar="FILE", help="checkpoint of the ViT, or none for random weights "
+    parser.add_argument("--weights", metavar="FILE", help="checkpoint of the ViT, a path or URL, or none for random weights "
                         "(default: the demo's own, or DeiT's official ones, downloaded once)")
-    parser.add_argument("-b", "--batch-size", type=positive, default=128, metavar="N", help="images per step (default: %(default)s)")
+    parser.add_argument("--num-classes", type=positive, metavar="N", help="classes (default: as many as the weights have); "
+                        "another number than theirs makes a new head, to be trained with train.py --method dense")
+    parser.add_argument("--image-size", type=positive, metavar="PIXELS", help="side of the images; position embeddings are resized (default: the model's)")
+    parser.add_argument("--val-fraction", type=share, metavar="SHARE", help="where --data has no val/: use this share of its images instead, drawn by --seed")
+    parser.add_argument("--seed", type=int, default=0, help="order, augmentation and split of the images (default: %(default)s)")
+    parser.add_argument("-b", "--batch-size", type=positive, metavar="N", help="images per step (default: 128; 32 to train by the adaptive recipe)")
     parser.add_argument("--limit-val", type=positive, metavar="N", help="evaluate on N images, evenly spread (default: all)")
     parser.add_argument("--workers", type=int, metavar="N",
                         help="processes that load images (default: one per core, at most 8; none for Fashion-MNIST)")
@@ -52,17 +58,55 @@ def positive(text):
     return value
 
 
+def share(text):
+    """argparse type: a number above 0 and below 1."""
+    value = float(text)
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def default_model(args):
     """Name of the model that the flags ask for."""
     return args.model or ("deit_small_patch16_224" if args.data else "demo")
 
 
-def build_model(name, method, weights=None, tau=0.1, r=None):
-    """create_model and its weights: weights a path, "none" for random ones, or None for the model's own."""
-    model = ltmp.create_model(name, method, tau=tau, r=r)
+def build_model(name, method, weights=None, tau=0.1, r=None, num_classes=None, image_size=None):
+    """create_model and its weights: weights a path or URL, "none" for random ones, None for the model's own.
+
+    num_classes=None takes as many as the weights have. Raises ValueError where something does not fit.
+    """
+    changes = {"image_size": image_size} if image_size else {}
+    if weights == "none":
+        return ltmp.create_model(name, method, num_classes, tau, r, **changes)
     if weights is None:
         weights = DEMO_WEIGHTS if name == "demo" else ltmp.official_weights(name)
-    return model if weights == "none" else ltmp.load_weights(model, weights)
+    state = ltmp.read_checkpoint(weights)
+    found = len(state["head.weight"]) if "head.weight" in state else None
+    model = ltmp.create_model(name, method, num_classes or found, tau, r, **changes)
+    if num_classes and num_classes != found:
+        print(f"note: the head for {num_classes} classes is new (the weights have {found or 'none'}): train it with --method dense", file=sys.stderr)
+    return ltmp.load_weights(model, state, new_head=num_classes is not None)
+
+
+def open_split(args, split):
+    """data.open_split as the flags say."""
+    return data.open_split(args.data, split, None, args.val_fraction, args.seed)
+
+
+def still(dataset, model, limit=None):
+    """Up to `limit` images of the dataset under the transform that belongs to the model's weights.
+
+    Raises ValueError where the data has classes that the model does not know.
+    """
+    count, config = len(dataset.classes), model.config
+    if count > config.num_classes:
+        raise ValueError(f"the data has {count} classes, the weights have {config.num_classes}: --num-classes {count} makes "
+                         "a new head, to be trained with train.py --method dense")
+    if count < config.num_classes:
+        print(f"note: the data has {count} classes, the weights have {config.num_classes}: labels are taken as their first {count}", file=sys.stderr)
+    dataset.transform = data.eval_transform(config.image_size, config.crop_pct, config.mean, config.std)
+    return data.subset(dataset, limit)
 
 
 def dense_twin(model):
@@ -86,9 +130,19 @@ def amp_context(device, amp):
 
 def make_loader(dataset, args, device, **options):
     """A DataLoader with the workers that --workers says, or that suit the data; pinned memory on CUDA."""
-    in_memory = isinstance(getattr(dataset, "dataset", dataset), data.FashionMNIST)
-    workers = args.workers if args.workers is not None else 0 if in_memory else min(8, os.cpu_count() or 1)
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda", **options)
+    innermost = dataset
+    while hasattr(innermost, "dataset"):
+        innermost = innermost.dataset
+    workers = args.workers
+    if workers is None:
+        workers = 0 if isinstance(innermost, data.FashionMNIST) else min(8, os.cpu_count() or 1)
+    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda",
+                                       worker_init_fn=ignore_interrupt, **options)
+
+
+def ignore_interrupt(worker):
+    """Ctrl-C reaches the workers too; they end with the main process, which decides when."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 class Progress:
@@ -106,6 +160,12 @@ class Progress:
         left = (now - self.start) / done * (total - done)
         line = f"{text}  {int(left) // 60}:{int(left) % 60:02d} left" if done < total else f"{text}  {now - self.start:.0f} s"
         print(f"\r{line}\x1b[K" if self.live else line, end="" if self.live and done < total else "\n", file=sys.stderr, flush=True)
+
+
+def stop(message, code=2):
+    """End the program with one line on stderr (code 2: bad input)."""
+    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def write_file(path, text):
@@ -168,12 +228,13 @@ def chosen_model(args):
     """The model that the flags ask for, with weights and thresholds, and its name."""
     name = default_model(args)
     if args.method in ("dense", "tome", "topk"):
-        return build_model(name, args.method, args.weights, r=args.r), name
+        r = args.r[0] if args.r and len(args.r) == 1 else args.r
+        return build_model(name, args.method, args.weights, r=r, num_classes=args.num_classes, image_size=args.image_size), name
     path = args.thresholds or (DEMO_THRESHOLDS if name == "demo" else None)
     if path is None:
         raise ValueError("--thresholds FILE is needed: the thresholds.json that train.py wrote")
     found = ltmp.read_thresholds(path)
-    model = build_model(name, args.method or found["method"], args.weights)
+    model = build_model(name, args.method or found["method"], args.weights, num_classes=args.num_classes, image_size=args.image_size)
     return ltmp.load_thresholds(model, found), name
 
 
@@ -187,12 +248,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     device = torch.device(args.device)
     try:
+        val_set = open_split(args, "val")
         model, name = chosen_model(args)
-        config = model.config
-        loader = make_loader(data.subset(data.open_split(args.data, "val", data.eval_transform(
-            config.image_size, config.crop_pct, config.mean, config.std)), args.limit_val), args, device, batch_size=args.batch_size)
+        loader = make_loader(still(val_set, model, args.limit_val), args, device, batch_size=args.batch_size or 128)
     except ValueError as error:
-        sys.exit(f"evaluate.py: {error}")
+        stop(error)
     metrics = {"model": name, "method": model.method} | measure_both(model.to(device), loader, device, args.amp)
     print(report(metrics, name, model.method))
     if args.json:

@@ -17,8 +17,8 @@ import torch
 from torch.utils import flop_counter
 
 # torch's own counter, which the tests compare with, knows fused attention on CUDA but not on CPU.
-_cpu_attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-if _cpu_attention not in flop_counter.flop_registry:
+_cpu_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+if _cpu_attention and _cpu_attention not in flop_counter.flop_registry:
     flop_counter.register_flop_formula(_cpu_attention)(
         lambda query, key, value, *args, **options: flop_counter.sdpa_flop_count(query, key, value))
 
@@ -51,8 +51,8 @@ def flops_ratio(kept, config):
     """r, the model's FLOPs as a share of the dense model's: (depth, B) -> scalar, differentiable.
 
     Counted per image, then averaged: the true mean FLOPs of the batch. The paper puts the batch's
-    mean token counts into the formula; attention is quadratic in them, so that this gives a little
-    less whenever images keep different counts.
+    mean token counts into the formula; attention is quadratic in them, so that the paper's number is
+    a little smaller whenever images keep different counts.
     """
     return (model_flops(config, kept) / model_flops(config)).mean()
 

@@ -18,12 +18,15 @@ Three tensors travel together from block to block:
 
 import json
 import math
+import re
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd.function import once_differentiable
 
 __version__ = "0.1.0"
 
@@ -94,15 +97,20 @@ METHODS = {
 
 
 # ---------------------------------------------------------------------------------------------
-# Maskers: scores in, a mask of exact zeros and ones out
+# Maskers: scores in, exact zeros and ones out
 
 
 class ThresholdMasker(nn.Module):
-    """The learned threshold: mask = (score > threshold), with the gradient of a sigmoid (paper: learned thresholds).
+    """The learned threshold: chosen = (score > threshold), with the gradient of a sigmoid (paper: learned thresholds).
 
-    Forward is the hard decision, backward the slope of sigmoid((score - threshold) / tau). In this
-    arrangement, soft + (hard - soft), float arithmetic gives exactly 0 and 1: hard - soft is exact
-    because hard = 1 only where soft >= 0.5. (hard - soft) + soft leaves 6e-8 instead of 0.
+    Prune keeps the chosen tokens, merge merges them away. Forward is the hard decision; backward
+    sees soft = sigmoid((score - threshold) / tau) alone, since the detached rest is a constant:
+
+        d loss / d threshold = - sum over tokens of d loss / d chosen * soft (1 - soft) / tau
+
+    and d loss / d chosen comes through the mask: from the attention of later blocks and from the
+    FLOPs term of the loss. soft + (hard - soft) is exactly 0 or 1 in float arithmetic, since
+    hard = 1 only where soft >= 0.5; (hard + soft) - soft is not, and a mask of 6e-8 is no dead token.
     """
 
     def __init__(self, threshold, tau):
@@ -110,8 +118,8 @@ class ThresholdMasker(nn.Module):
         self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
         self.tau = tau
 
-    def forward(self, scores, live):
-        """scores (B, M) float32, live (B, N) unused -> mask (B, M) float32 of 0 and 1."""
+    def forward(self, scores, mask):
+        """scores (B, M) float32 of M candidates, mask (B, N) unused -> chosen (B, M) float32 of 0 and 1."""
         threshold = self.threshold.float()
         soft = torch.sigmoid((scores - threshold) / self.tau)
         return soft + ((scores > threshold).float() - soft).detach()
@@ -128,9 +136,9 @@ class FixedCountMasker(nn.Module):
         super().__init__()
         self.r, self.which = r, which
 
-    def forward(self, scores, live):
-        """scores (B, M) float32, live (B, N) of 0 and 1 -> mask (B, M) float32 of 0 and 1."""
-        r = ((live.sum(1, keepdim=True) - 1) // 2).clamp(min=0, max=self.r)  # (B, 1)
+    def forward(self, scores, mask):
+        """scores (B, M) float32 of M candidates, mask (B, N) -> chosen (B, M) float32 of 0 and 1."""
+        r = ((mask.sum(1, keepdim=True) - 1) // 2).clamp(min=0, max=self.r)  # (B, 1)
         if self.which == "most similar":  # tokens that may not merge have the score -inf: last
             return (_rank(scores, descending=True) < r).float()
         return (_rank(scores, descending=False) >= r).float()  # dead tokens have the score inf: last
@@ -151,10 +159,11 @@ def merge(x, key, size, mask, importance, masker):
     Live tokens at positions 0, 2, 4 ... are set A, those at 1, 3, 5 ... set B. Each A token looks
     for the B token with the most similar key (cosine) and merges into it where `masker` says 1.
     The class token (position 0) never merges. Several A tokens may merge into one B token: its
-    feature becomes the mean of all, weighted by size, its importance their maximum.
+    feature becomes the mean of all, weighted by size, its importance their maximum, so that what
+    was important to somebody is not pruned for the company that it keeps.
 
-    x (B, N, C), key (B, N, D), size, mask, importance (B, N), live tokens first ->
-    x, size, mask, importance in the new order: set A, then set B. A tokens that merged are dead.
+    x (B, N, C), key (B, N, D) averaged over heads, size, mask, importance (B, N), live tokens first
+    -> x, size, mask, importance in the new order: set A, then set B. A tokens that merged are dead.
     """
     if x.shape[1] < 3:  # the class token and at most one partner: nothing can merge
         return x, size, mask, importance
@@ -166,15 +175,17 @@ def merge(x, key, size, mask, importance, masker):
     with torch.autocast(x.device.type, enabled=False):  # scores stay float32 under AMP
         key = F.normalize(key.float(), dim=-1)
         similarity = key[:, 0::2] @ key[:, 1::2].transpose(1, 2)  # (B, Na, Nb)
+    # Rounding may lift a cosine above 1; without that, a threshold of 1 means: never merge.
     similarity = similarity.clamp(max=1).masked_fill(mask_b[:, None] == 0, -math.inf)
     similarity, partner = similarity.max(dim=2)  # (B, Na), (B, Na)
     fixed = mask_a == 0
     fixed[:, 0] = True  # neither dead tokens nor the class token merge
     merged = masker(similarity.masked_fill(fixed, -math.inf), mask)  # (B, Na) of 0 and 1
 
-    # The decision acts on the loss through the mask alone, and through the tokens that merged alone:
-    # their gradient says what giving them back would do. That of a token that did not merge says
-    # what removing it would do, which is not what merging it would do.
+    # Only tokens that merged pass gradient on to the threshold: it says what giving them back would
+    # do. The gradient of a token's mask is that of removing it, which for one that did not merge is
+    # not what merging it would do. So a threshold above all similarities is left without gradient.
+    # The weights of the mean are constants.
     mask_a = torch.where(merged > 0, mask_a * (1 - merged), mask_a)
     weight = merged.detach() * size_a  # (B, Na)
     total = size_b.scatter_add(1, partner, weight)  # (B, Nb)
@@ -191,8 +202,8 @@ def merge(x, key, size, mask, importance, masker):
 def prune(mask, importance, masker):
     """Drop the tokens whose importance is not above the threshold (paper: token pruning).
 
-    Only live tokens are judged: to the mask of a dead one each later block adds what the token
-    would change there. The class token has importance inf: it always stays.
+    The dead pass with a factor of 1 (score inf), so that their mask goes on collecting gradient
+    from later blocks. The class token has importance inf: it always stays.
 
     mask, importance (B, N) -> mask (B, N).
     """
@@ -233,13 +244,15 @@ class MaskedAttention(torch.autograd.Function):
         attn_ij = m_j s_j exp(q_i k_j) / sum_n m_n s_n exp(q_i k_n)        m: mask, s: size
         importance_j = mean over heads and over live queries i of attn_ij
 
-    A token that stands for s patches is attended to s times: log s joins the logits. The mask is a
-    factor, so that it has a gradient also where it is 0: what a dead token would add were it alive.
+    A token that stands for s patches is attended to s times: log s joins the logits. Only live
+    queries count for importance, because when tokens are really dropped there are no others. The
+    mask is a factor, so that it has a gradient also where it is 0: what a dead token would add.
 
         d attn_ij / d m_n = ratio_in ((n = j) - attn_ij)        ratio_in = s_n exp(q_i k_n) / the same sum
 
-    Written out because autograd would walk six times through (B, H, N, N) to get a gradient for the
-    columns of the dead alone: ratio is attn where m = 1, and for the dead it is computed here.
+    Written out because autograd would keep and walk through (B, H, N, N) several times more, for the
+    sake of the dead columns alone: ratio is attn where m = 1, and for the dead it is computed here.
+    Tokens must come live first.
     """
 
     LIMIT = 10.0  # log of the largest ratio: a dead token's logit may lie far above those of the live
@@ -252,16 +265,17 @@ class MaskedAttention(torch.autograd.Function):
         attn = logits.softmax(-1)
         queries = mask / mask.sum(1, keepdim=True)  # (B, N)
         mean_attn = attn.mean(1)  # (B, N, N)
-        if any(ctx.needs_input_grad):  # log of the sum, from the largest attn of each row: that never underflows
-            log_sum = logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()  # (B, H, N, 1)
+        if any(ctx.needs_input_grad):
+            log_sum = logits.logsumexp(-1, keepdim=True)  # (B, H, N, 1)
             ctx.save_for_backward(q, k, v, size, mask, attn, log_sum, mean_attn)
         return attn.to(v.dtype) @ v, (mean_attn * queries[:, :, None]).sum(1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, d_out, d_importance):
         q, k, v, size, mask, attn, log_sum, mean_attn = ctx.saved_tensors
-        lives = mask.sum(1, keepdim=True)  # (B, 1)
-        queries = mask / lives  # (B, N)
+        count = mask.sum(1, keepdim=True)  # (B, 1)
+        queries = mask / count  # (B, N), the weight of each in importance
         d_attn = (d_out @ v.transpose(-2, -1)).float()  # (B, H, N, N)
         d_attn += (queries[:, :, None] * d_importance[:, None] / q.shape[1])[:, None]
         d_attn -= (attn * d_attn).sum(-1, keepdim=True)  # from here on less its mean over the row
@@ -269,12 +283,12 @@ class MaskedAttention(torch.autograd.Function):
         d_mask = None
         if ctx.needs_input_grad[4]:
             d_mask = d_logits.sum((1, 2))  # (B, N); 0 for the dead, whose ratio is still to come
-            tail = int(lives.min())  # the dead are among the last N - tail
+            tail = int(count.min())  # the dead are among positions tail, tail + 1, ...
             ratio = (q @ k[:, :, tail:].transpose(-2, -1)).float() + size[:, None, None, tail:].log() - log_sum
             d_tail = (ratio.clamp_(max=MaskedAttention.LIMIT).exp_() * d_attn[..., tail:]).sum((1, 2))
             d_mask[:, tail:] = torch.where(mask[:, tail:] == 0, d_tail, d_mask[:, tail:])
             d_queries = (mean_attn * d_importance[:, None]).sum(2)  # (B, N)
-            d_mask += (d_queries - (queries * d_queries).sum(1, keepdim=True)) / lives
+            d_mask += (d_queries - (queries * d_queries).sum(1, keepdim=True)) / count
         d_logits = d_logits.to(q.dtype)
         d_v = attn.to(d_out.dtype).transpose(-2, -1) @ d_out
         return d_logits @ k, d_logits.transpose(-2, -1) @ q, d_v, None, d_mask
@@ -363,7 +377,7 @@ class Block(nn.Module):
                 x, size, mask, importance = merge(x, key, size, mask, importance, self.merge_masker)
             else:
                 mask = prune(mask, importance, self.prune_masker)
-            if step == "prune" or step == self.steps[-1]:  # a prune right after the merge does not mind gaps
+            if step == "prune" or step == self.steps[-1]:  # merge and attention need it; the prune of ltmp does not
                 mask, (x, size, importance, key) = live_first(mask, (x, size, importance, key), drop)
         return x + self.ls2(self.mlp(self.norm2(x))), size, mask
 
@@ -401,7 +415,7 @@ class LTMPViT(nn.Module):
 
         kept: live tokens after each block, the class token included; differentiable in training.
         drop: cut dead tokens off (default in eval mode), or keep them, masked (default in training,
-        where a threshold needs the gradient of the tokens that it removed). The logits are the same.
+        where a threshold needs the gradient of the tokens that it removed). The logits agree to rounding.
         """
         S = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, S, S):
@@ -437,7 +451,7 @@ def create_model(name, method="ltmp", num_classes=None, tau=0.1, r=None, **chang
 
 
 # ---------------------------------------------------------------------------------------------
-# Weights and thresholds
+# Weights: whatever a published ViT came in, by its content
 
 DEIT_URL = "https://dl.fbaipublicfiles.com/deit/"
 WEIGHTS = {  # the digits are the start of the file's SHA-256, checked after download
@@ -446,6 +460,42 @@ WEIGHTS = {  # the digits are the start of the file's SHA-256, checked after dow
     "deit_base_patch16_224": DEIT_URL + "deit_base_patch16_224-b5f2ef4d.pth",
     "deit_base_patch16_384": DEIT_URL + "deit_base_patch16_384-8de9b5d1.pth",
 }
+
+# Names of other libraries -> ours (those of DeiT and timm): regular expressions, applied in this order.
+HUGGING_FACE = [
+    (r"^(vit|deit|dinov2)\.", ""),
+    (r"^embeddings\.cls_token", "cls_token"),
+    (r"^embeddings\.position_embeddings", "pos_embed"),
+    (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    (r"^(encoder\.)?layers?\.", "blocks."),
+    (r"layernorm_before", "norm1"),
+    (r"layernorm_after", "norm2"),
+    (r"attention\.(attention\.)?(query|q_proj)", "attn.q"),
+    (r"attention\.(attention\.)?(key|k_proj)", "attn.k"),
+    (r"attention\.(attention\.)?(value|v_proj)", "attn.v"),
+    (r"attention\.(output\.dense|o_proj)", "attn.proj"),
+    (r"intermediate\.dense", "mlp.fc1"),
+    (r"output\.dense", "mlp.fc2"),
+    (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
+    (r"^layernorm", "norm"),
+    (r"^classifier", "head"),
+]
+FLAX = [  # Google's AugReg .npz
+    (r"/", "."),
+    (r"^cls$", "cls_token"),
+    (r"^embedding", "patch_embed.proj"),
+    (r"^Transformer\.posembed_input\.pos_embedding", "pos_embed"),
+    (r"^Transformer\.encoderblock_", "blocks."),
+    (r"^Transformer\.encoder_norm", "norm"),
+    (r"LayerNorm_0", "norm1"),
+    (r"LayerNorm_2", "norm2"),
+    (r"MultiHeadDotProductAttention_1\.out", "attn.proj"),
+    (r"MultiHeadDotProductAttention_1\.(q|k|v)(uery|ey|alue)", r"attn.\1"),
+    (r"MlpBlock_3\.Dense_0", "mlp.fc1"),
+    (r"MlpBlock_3\.Dense_1", "mlp.fc2"),
+    (r"(scale|kernel)$", "weight"),
+]
+UNUSED = r"mask_token$|embeddings\.mask_token$|^(vit\.|deit\.)?pooler\.|^pre_logits/"  # of pretraining; not part of inference
 
 
 def official_weights(name):
@@ -461,27 +511,121 @@ def official_weights(name):
         raise ValueError(f"cannot download {WEIGHTS[name]} ({error}): pass the file as a checkpoint") from None
 
 
-def load_weights(model, source):
-    """Load a DeiT or timm state dict, or a checkpoint that holds it under the key "model". Returns the model.
+def download(url):
+    """Fetch url once into torch.hub's folder and return the path.
 
-    source: a path, or the dict itself. Strict: every weight must be there with its shape; only
-    thresholds may be missing. What the model has no use for (thresholds of another method, the
-    head where num_classes=0) is left out. Raises ValueError naming what does not fit.
+    A name like vit-0123abcd.pth (eight or more digits of the SHA-256) has its content checked.
+    Raises ValueError where the file cannot be had or the hash is another.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    digits = re.search(r"-([0-9a-f]{8,64})\.", path.name)
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), digits and digits[1])
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"cannot download {url}: {error}") from None
+    return path
+
+
+def read_checkpoint(source):
+    """Names and tensors of a checkpoint, in the names of DeiT and timm; nothing in it is ever run.
+
+    source: a path, a URL (http, https, file), or the dict itself. Read by content: torch's files, .npz of
+    Google's AugReg, .safetensors (with the package safetensors). Raises ValueError where it is none of them.
     """
     state, where = source, "the state dict"
     if not isinstance(source, dict):
         where = str(source)
+        path = download(where) if re.match(r"(https?|file)://", where) else Path(source)
         try:
-            state = torch.load(source, map_location="cpu", weights_only=True)
+            state = _read_file(path)
         except FileNotFoundError:
             raise ValueError(f"no checkpoint at {where}") from None
-        except Exception as error:  # torch.load raises whatever a damaged file provokes
-            raise ValueError(f"{where} is not a checkpoint: {str(error).splitlines()[0]}") from None
-    state = state.get("model", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        except ImportError as error:
+            raise ValueError(f"{where}: {error}") from None
+        except Exception as error:  # the readers raise whatever a damaged file provokes
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{where} is no checkpoint that can be read: {reason}") from None
+    for wrapper in ("model_ema", "model", "state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
         raise ValueError(f"{where} holds no state dict: names of weights and their tensors")
+    state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
+    state = {name: value for name, value in state.items() if not re.search(UNUSED, name)}
+    if "embedding/kernel" in state:
+        return _join_qkv({_rename(name, FLAX): _from_flax(name, value) for name, value in state.items()})
+    if any("embeddings.patch_embeddings" in name for name in state):
+        return _join_qkv({_rename(name, HUGGING_FACE): value for name, value in state.items()})
+    return state
 
+
+def _read_file(path):
+    with open(path, "rb") as file:
+        start = file.read(9)
+    if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
+        import numpy
+
+        with numpy.load(path) as arrays:
+            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    if start[8:] == b"{":  # eight bytes of length, then JSON
+        try:
+            from safetensors.torch import load_file
+        except ImportError:
+            raise ImportError("reading .safetensors needs the package safetensors: pip install safetensors") from None
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _rename(name, table):
+    for pattern, ours in table:
+        name = re.sub(pattern, ours, name)
+    return name
+
+
+def _from_flax(name, value):
+    """Flax keeps (in, out), and heads as an axis of their own: q, k, v (C, H, D), out (H, D, C)."""
+    if name.endswith("kernel"):
+        if value.dim() == 4:
+            return value.permute(3, 2, 0, 1)
+        return value.flatten(0, -2).T if "out/" in name else value.flatten(1).T
+    return value.flatten() if "MultiHead" in name else value
+
+
+def _join_qkv(state):
+    """attn.q, attn.k, attn.v -> attn.qkv."""
+    for name in [name for name in state if ".attn.q." in name]:
+        parts = [name.replace(".attn.q.", f".attn.{part}.") for part in "qkv"]
+        if all(part in state for part in parts):
+            state[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([state.pop(part) for part in parts])
+    return state
+
+
+def resize_positions(pos_embed, num_tokens):
+    """Position embeddings (1, 1 + g * g, C) for another square grid: bicubic, anti-aliased -> (1, num_tokens, C)."""
+    old, new = (math.isqrt(n - 1) for n in (pos_embed.shape[1], num_tokens))
+    if old * old != pos_embed.shape[1] - 1:
+        raise ValueError(f"pos_embed has {pos_embed.shape[1]} positions, not those of a class token and a square grid")
+    grid = pos_embed[:, 1:].float().unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, C, old, old)
+    grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)
+    return torch.cat([pos_embed[:, :1].float(), grid.flatten(2).transpose(1, 2)], 1)
+
+
+def load_weights(model, source, new_head=False):
+    """Load the weights of a published ViT, whatever library it comes from. Returns the model.
+
+    source: as for read_checkpoint. Strict: every weight must be there with its shape; only thresholds may
+    be missing. Position embeddings of another grid are resized. Left out is what the model has no use for:
+    thresholds of another method, the head where num_classes=0. new_head=True keeps the model's own head
+    where the checkpoint has none or one for another number of classes. Raises ValueError naming what does not fit.
+    """
+    state, where = dict(read_checkpoint(source)), source if not isinstance(source, dict) else "the state dict"
     own = model.state_dict()
+    if "pos_embed" in state and state["pos_embed"].dim() == 3 and state["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
+        state["pos_embed"] = resize_positions(state["pos_embed"], own["pos_embed"].shape[1])
+    if new_head and ("head.weight" not in state or state["head.weight"].shape != own["head.weight"].shape):
+        state |= {"head.weight": own["head.weight"], "head.bias": own["head.bias"]}
     optional = lambda name: name.endswith("_masker.threshold") or (name.startswith("head.") and not model.config.num_classes)
     problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in state and not optional(name)]
     problems += [f"unexpected {name} {tuple(state[name].shape)}" for name in state if name not in own and not optional(name)]
@@ -494,13 +638,17 @@ def load_weights(model, source):
     return model
 
 
+# ---------------------------------------------------------------------------------------------
+# Thresholds
+
+
 def read_thresholds(path):
     """The content of a thresholds.json as a dict. Raises ValueError where there is none."""
     try:
         found = json.loads(Path(path).read_text())
     except (OSError, ValueError) as error:
         raise ValueError(f"cannot read thresholds from {path}: {error}") from None
-    if not isinstance(found, dict) or found.get("method") not in METHODS:
+    if not isinstance(found, dict) or not isinstance(found.get("method"), str) or found["method"] not in METHODS:
         raise ValueError(f"{path} is no thresholds.json: it names none of the methods {', '.join(METHODS)}")
     return found
 
@@ -512,13 +660,14 @@ def load_thresholds(model, source):
     and "prune_thresholds", one number per block. Raises ValueError where they do not fit the model.
     """
     found = source if isinstance(source, dict) else read_thresholds(source)
-    if found.get("method") != model.method:
+    if found.get("method") != model.method or model.method in ("tome", "topk"):
         raise ValueError(f"the thresholds belong to the method {found.get('method')}, the model runs {model.method}")
-    for step in METHODS[model.method]:
+    for step in METHODS[model.method]:  # all are checked before the first is set
         values = found.get(f"{step}_thresholds")
         if (not isinstance(values, list) or len(values) != len(model.blocks)
                 or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)):
             raise ValueError(f"{step}_thresholds must be {len(model.blocks)} numbers, one per block; got {values}")
-        for block, value in zip(model.blocks, values):
+    for step in METHODS[model.method]:
+        for block, value in zip(model.blocks, found[f"{step}_thresholds"]):
             nn.init.constant_(getattr(block, f"{step}_masker").threshold, value)
     return model

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -260,3 +261,469 @@ def test_wrong_models_are_refused_in_one_line(bad):
     with pytest.raises(ValueError) as error:
         create_model(**{"name": "demo"} | bad)
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------------------------
+# FLOPs
+
+
+def counted(model, image):
+    """Multiply-adds of one image as torch counts them on what really runs; and the tokens kept."""
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        _, kept = model.eval()(image[None])
+    return counter.get_total_flops() / 2, kept
+
+
+def test_deit_small_has_4_6_gflops():
+    assert flops.model_flops(VARIANTS["deit_small_patch16_224"]) / 1e9 == pytest.approx(4.6, abs=0.01)
+    assert flops.model_flops(VARIANTS["deit_tiny_patch16_224"]) / 1e9 == pytest.approx(1.26, abs=0.01)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "reference"])
+def test_flops_are_what_torch_counts(method, name):
+    if name == "reference":
+        model, image = reference_model(method), REFERENCE["images"][0]
+    else:
+        model = create_model(name, method, r=12 if method in FIXED else None, depth=3)
+        spread_weights(model, 0)
+        set_thresholds(model, 0.2, 1 / 220)
+        image = torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(0))
+    count, kept = counted(model, image)
+    ours = flops.model_flops(model.config, kept)
+    assert ours.item() == pytest.approx(count, rel=0.01)
+    assert method == "dense" or ours < 0.97 * flops.model_flops(model.config)
+    if method in ("dense", "ltp", "topk"):  # nothing but layers: to the last multiply-add
+        assert ours.item() == count
+
+
+def test_ratio_is_per_image_and_differentiable():
+    config = ViTConfig(32, 4, 48, 4, 3, 10)
+    kept = torch.tensor([[65.0, 40.0], [50.0, 30.0], [45.0, 2.0], [45.0, 1.0]], requires_grad=True)
+    r = flops.flops_ratio(kept, config)
+    per_image = [flops.model_flops(config, kept[:, i].tolist()) / flops.model_flops(config) for i in (0, 1)]
+    assert r.item() == pytest.approx(sum(per_image) / 2)
+    of_the_mean = flops.model_flops(config, kept.mean(1)) / flops.model_flops(config)
+    assert of_the_mean < r  # the paper's formula, on the batch's mean counts
+    r.backward()
+    assert (kept.grad > 0).all()
+    nudged = kept.detach().clone()
+    nudged[1, 0] += 1
+    slope = (flops.flops_ratio(nudged.double(), config) - flops.flops_ratio(kept.detach().double(), config)).item()
+    assert kept.grad[1, 0].item() == pytest.approx(slope, rel=0.02)
+    assert flops.flops_ratio(torch.full((4, 3), 65.0), config).item() == 1
+
+
+def test_flops_table_adds_up():
+    run = subprocess.run([sys.executable, "flops.py", "deit_small_patch16_224", "--kept"] + ["150"] * 12,
+                         cwd=HERE, capture_output=True, text=True, check=True).stdout.splitlines()
+    rows = [float(line.split()[2]) for line in run[1:-1]]
+    assert len(rows) == 26 and sum(rows) == pytest.approx(float(run[-1].split()[1]), abs=2)
+    assert f"r = {flops.model_flops(VARIANTS['deit_small_patch16_224'], [150] * 12) / flops.model_flops(VARIANTS['deit_small_patch16_224']):.3f}" in run[-1]
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights and thresholds
+
+
+def deit_names(depth):
+    """The names in DeiT's published state dicts."""
+    block = ["norm1.weight", "norm1.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "attn.proj.bias",
+             "norm2.weight", "norm2.bias", "mlp.fc1.weight", "mlp.fc1.bias", "mlp.fc2.weight", "mlp.fc2.bias"]
+    return {"cls_token", "pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias", "norm.weight", "norm.bias",
+            "head.weight", "head.bias", *(f"blocks.{i}.{name}" for i in range(depth) for name in block)}
+
+
+def test_state_dict_names_are_deits_and_the_authors():
+    assert set(create_model("deit_tiny_patch16_224", "dense").state_dict()) == deit_names(12)
+    extra = set(create_model("deit_tiny_patch16_224", "ltmp").state_dict()) - deit_names(12)
+    assert extra == {f"blocks.{i}.{step}_masker.threshold" for i in range(12) for step in ("merge", "prune")}
+    assert create_model("demo").blocks[3].prune_masker.threshold.shape == (1,)
+
+
+@pytest.mark.parametrize("name, params", [("deit_tiny_patch16_224", 5.7), ("deit_small_patch16_224", 22.1), ("deit_base_patch16_224", 86.6),
+                                          ("deit_base_patch16_384", 86.9), ("vit_large_patch16_224", 304.3), ("demo", 0.62)])
+def test_variants_have_their_published_size(name, params):
+    with torch.device("meta"):
+        model = create_model(name, "dense")
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(params, abs=0.06)
+
+
+@pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state}])
+def test_weights_load_from_file_and_dict(tmp_path, wrap):
+    source, images = create_model("demo"), torch.randn(2, 3, 28, 28)
+    torch.save(wrap({name: w for name, w in source.state_dict().items() if "threshold" not in name}), tmp_path / "w.pth")
+    for given in (tmp_path / "w.pth", wrap(source.state_dict())):
+        model = load_weights(create_model("demo"), given)
+        assert torch.equal(model.eval()(images)[0], source.eval()(images)[0])
+
+
+def damaged(state, damage):
+    if damage == "missing":
+        del state["blocks.2.mlp.fc1.bias"]
+    elif damage == "unexpected":
+        state["blocks.12.norm1.bias"] = torch.zeros(64)
+    else:
+        state["head.weight"] = torch.zeros(1000, 64)
+    return state
+
+
+@pytest.mark.parametrize("damage, named", [("missing", "missing blocks.2.mlp.fc1.bias (256,)"), ("unexpected", "unexpected blocks.12.norm1.bias (64,)"),
+                                           ("shape", "head.weight is (1000, 64), not (10, 64)")])
+def test_weights_that_do_not_fit_are_named(damage, named):
+    model = create_model("demo")
+    before = {name: w.clone() for name, w in model.state_dict().items()}
+    with pytest.raises(ValueError, match=re.escape(named)):
+        load_weights(model, damaged(create_model("demo").state_dict(), damage))
+    assert all(torch.equal(w, before[name]) for name, w in model.state_dict().items())  # nothing half loaded
+
+
+def test_files_that_are_no_checkpoints(tmp_path):
+    (tmp_path / "text").write_text("hello")
+    torch.save([1, 2], tmp_path / "list")
+    torch.save({"model": random.Random()}, tmp_path / "code")
+    for name in ("text", "list", "code", "absent"):
+        with pytest.raises(ValueError) as error:
+            load_weights(create_model("demo"), tmp_path / name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_official_weights_without_network(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setitem(ltmp.WEIGHTS, "deit_tiny_patch16_224", f"file://{tmp_path}/absent-a1311bcf.pth")
+    with pytest.raises(ValueError, match="cannot download .* pass the file"):
+        ltmp.official_weights("deit_tiny_patch16_224")
+
+
+def test_official_weights_are_checked_by_hash(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    torch.save({"model": create_model("demo", "dense").state_dict()}, tmp_path / "w.pth")
+    import hashlib
+    digits = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()[:8]
+    for name, works in ((f"good-{digits}.pth", True), ("bad-00000000.pth", False)):
+        (tmp_path / name).write_bytes((tmp_path / "w.pth").read_bytes())
+        monkeypatch.setitem(ltmp.WEIGHTS, "demo", f"file://{tmp_path / name}")
+        if works:
+            load_weights(create_model("demo"), ltmp.official_weights("demo"))
+        else:
+            with pytest.raises(ValueError, match="hash"):
+                ltmp.official_weights("demo")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"method": "ltm"}', '{"method": "ltmp", "merge_thresholds": [0.9]}',
+                                     json.dumps({"method": "ltmp", "merge_thresholds": [0.9] * 12, "prune_thresholds": [None] * 12})])
+def test_broken_thresholds_are_refused(tmp_path, content):
+    (tmp_path / "t.json").write_text(content)
+    with pytest.raises(ValueError):
+        load_thresholds(create_model("demo"), tmp_path / "t.json")
+    with pytest.raises(ValueError, match="absent.json"):
+        load_thresholds(create_model("demo"), tmp_path / "absent.json")
+
+
+def test_ltmp_and_flops_stand_alone():
+    for name, allowed in (("ltmp.py", {"torch"}), ("flops.py", {"torch"})):
+        for node in ast.parse((HERE / name).read_text()).body:
+            modules = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert {m.split(".")[0] for m in modules} <= allowed | sys.stdlib_module_names
+
+
+# ---------------------------------------------------------------------------------------------
+# Data
+
+ODD_IMAGES = [("RGB", (40, 30)), ("L", (17, 61)), ("P", (33, 33)), ("RGBA", (100, 21)), ("CMYK", (16, 16)), ("RGB", (2, 7)), ("1", (50, 49))]
+
+
+def odd_image(mode, size):
+    """A picture of waves, the same on every machine, in any mode of Pillow."""
+    x, y = np.meshgrid(np.arange(size[0]), np.arange(size[1]))
+    waves = np.stack([(x * 7 + y * 3) % 256, (x * y) % 256, (x * x + 11 * y) % 256], -1).astype(np.uint8)
+    image = Image.fromarray(waves)
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(((x + y) % 256).astype(np.uint8)))
+    return image if mode in ("RGB", "RGBA") else image.convert(mode)
+
+
+def test_eval_transform_is_torchvisions_to_the_bit():
+    """demo/torchvision.npz: Resize, CenterCrop, ToTensor, Normalize of torchvision 0.28 on these images."""
+    recorded = np.load(HERE / "demo" / "torchvision.npz")
+    assert len(recorded.files) == 3 * len(ODD_IMAGES)
+    for name in recorded.files:
+        mode, size, crop, crop_pct = name.split("/")
+        image = odd_image(mode, tuple(map(int, size.split("x"))))
+        ours = data.eval_transform(int(crop), float(crop_pct))(image)
+        assert np.array_equal(ours.numpy(), recorded[name]), name
+
+
+def import_torchvision():
+    """torchvision, where it is installed and fits the installed torch."""
+    try:
+        import torchvision
+    except (ImportError, RuntimeError) as error:
+        pytest.skip(f"no torchvision to compare with: {error}")
+    return torchvision
+
+
+def test_eval_transform_beside_torchvision():
+    transforms = import_torchvision().transforms
+    rng = np.random.default_rng(0)
+    for mode, size in ODD_IMAGES + [("RGB", tuple(rng.integers(1, 700, 2).tolist())) for _ in range(20)]:
+        theirs = transforms.Compose([transforms.Resize(248, transforms.InterpolationMode.BICUBIC), transforms.CenterCrop(224),
+                                     transforms.ToTensor(), transforms.Normalize((0.5, 0.4, 0.3), (0.3, 0.2, 0.1))])
+        image = odd_image(mode, size)
+        assert torch.equal(data.eval_transform(224, 0.9, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1))(image), theirs(image.convert("RGB")))
+
+
+def make_folder(root, classes=("a", "b", "c"), per_class=4, size=(40, 30), suffix=".jpg"):
+    """An image folder with train/ and val/ whose classes differ in colour."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for index, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(per_class):
+                pixels = rng.integers(0, 80, (size[1], size[0], 3))
+                pixels[..., index % 3] += 170
+                Image.fromarray(pixels.astype(np.uint8)).save(root / split / name / f"{i}{suffix}")
+    return root
+
+
+def test_image_folder_has_torchvisions_order(tmp_path):
+    for path in ("b/10.JPG", "b/9.png", "a/x/deep.jpeg", "a/z.bmp", "B/1.webp", "b/readme.txt"):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(b"")
+    folder = data.ImageFolder(tmp_path)
+    assert folder.classes == ["B", "a", "b"]
+    assert [(str(Path(path).relative_to(tmp_path)), label) for path, label in folder.samples] == [
+        ("B/1.webp", 0), ("a/z.bmp", 1), ("a/x/deep.jpeg", 1), ("b/10.JPG", 2), ("b/9.png", 2)]
+    assert folder.samples == import_torchvision().datasets.ImageFolder(tmp_path).samples
+
+
+@pytest.mark.parametrize("make, named", [(lambda root: None, "no folder"), (lambda root: root.mkdir(), "class folders"),
+                                         (lambda root: (root / "empty").mkdir(parents=True), "empty holds no images")])
+def test_image_folder_says_what_is_wrong(tmp_path, make, named):
+    make(tmp_path / "images")
+    with pytest.raises(ValueError, match=named):
+        data.ImageFolder(tmp_path / "images")
+
+
+def test_a_damaged_image_is_named(tmp_path):
+    make_folder(tmp_path)
+    (tmp_path / "val" / "a" / "0.jpg").write_bytes(b"not a picture")
+    with pytest.raises(ValueError, match="0.jpg"):
+        data.ImageFolder(tmp_path / "val")[0]
+
+
+def test_train_transform_draws_from_seed_epoch_and_index_alone():
+    dataset = data.FashionMNIST(data.DEMO_FILE, "train")
+    transform = data.train_transform(28, (0.5,) * 3, (0.5,) * 3)
+    first, again, other = (data.Augmented(dataset, transform, seed) for seed in (0, 0, 1))
+    n = len(dataset)
+    assert torch.equal(first[5][0], again[5][0]) and first[5][1] == first[5 + n][1] == dataset[5][1]
+    assert not torch.equal(first[5][0], first[5 + n][0]) and not torch.equal(first[5][0], other[5][0])
+    assert first[5][0].shape == (3, 28, 28) and first[5][0].dtype == torch.float32
+    batches = data.epoch_batches(10, 4, epoch=2, seed=0)
+    assert [len(b) for b in batches] == [4, 4, 2] and sorted(sum(batches, [])) == list(range(20, 30))
+    assert batches == data.epoch_batches(10, 4, 2, 0) != data.epoch_batches(10, 4, 2, 1)
+
+
+def test_train_transform_crops_flips_and_jitters():
+    rng, (width, height) = random.Random(0), (60, 40)
+    boxes = [data.random_crop((width, height), (0.08, 1.0), rng) for _ in range(2000)]
+    areas = np.array([(r - l) * (b - t) for l, t, r, b in boxes]) / (width * height)
+    aspects = np.array([(r - l) / (b - t) for l, t, r, b in boxes])
+    assert min(min(box) for box in boxes) >= 0 and max(b[2] for b in boxes) == width and max(b[3] for b in boxes) == height
+    assert 0.07 < areas.min() < 0.1 and areas.max() > 0.8 and 0.7 < aspects.min() and aspects.max() < 1.45
+    assert data.random_crop((28, 28), (1, 1), rng) == (0, 0, 28, 28) and data.random_crop((1, 1), (0.08, 1), rng) == (0, 0, 1, 1)
+
+    half = Image.fromarray(np.repeat(np.repeat([[[200, 10, 60]]], 8, 0), 8, 1).astype(np.uint8))
+    half.paste((0, 0, 0), (0, 0, 4, 8))
+    plain = data.train_transform(8, (0,) * 3, (1,) * 3, scale=(1, 1), jitter=0)
+    flips = [plain(half, random.Random(seed))[0, 0, 0].item() > 0.5 for seed in range(200)]
+    assert 70 < sum(flips) < 130
+    jittered = data.train_transform(8, (0,) * 3, (1,) * 3, scale=(1, 1), jitter=0.4)
+    assert len({round(jittered(half, random.Random(seed)).max().item(), 3) for seed in range(50)}) > 20
+
+
+def test_embedded_data_is_balanced_and_the_splits_share_nothing():
+    train_set, test_set = (data.FashionMNIST(data.DEMO_FILE, split) for split in ("train", "test"))
+    assert np.bincount(test_set.labels).tolist() == [200] * 10 and len(set(np.bincount(train_set.labels))) == 1
+    assert not {i.tobytes() for i in train_set.images} & {i.tobytes() for i in test_set.images}
+    assert data.DEMO_FILE.stat().st_size <= 4e6
+    evenly = data.subset(test_set, 100)
+    assert len(evenly) == 100 and len({evenly[i][1] for i in range(100)}) == 10
+    image, label = train_set[0]
+    assert image.mode == "RGB" and image.size == (28, 28) and 0 <= label < 10
+
+
+# ---------------------------------------------------------------------------------------------
+# The loop, end to end
+
+METRICS = {"top1", "top5", "dense_top1", "dense_top5", "flops_ratio", "gflops", "kept", "images"}
+SMALL = ["--limit-train", "48", "--limit-val", "40", "-b", "8"]  # of the demo
+
+
+def read(path):
+    return json.loads(Path(path).read_text())
+
+
+def test_thresholds_of_a_deit_on_a_folder_of_jpegs(tmp_path, capsys):
+    make_folder(tmp_path / "images", size=(500, 375))
+    source = create_model("deit_tiny_patch16_224", "dense")
+    spread_weights(source, 0)
+    torch.save({"model": source.state_dict()}, tmp_path / "deit.pth")
+    common = ["--model", "deit_tiny_patch16_224", "--weights", str(tmp_path / "deit.pth"), "--data", str(tmp_path / "images"), "--workers", "1"]
+    train.main(common + ["--target", "0.75", "-b", "4", "--out", str(tmp_path / "out")])
+
+    found, metrics = read(tmp_path / "out" / "thresholds.json"), read(tmp_path / "out" / "metrics.json")
+    assert METRICS <= metrics.keys() and metrics["images"] == 12 and len(metrics["kept"]) == 12
+    assert {"model", "method", "target", "data", "seed", "version"} <= found.keys()
+    assert found["recipe"] == "paper" and found["lr"] == [5e-6, 5e-3] and found["tau"] == 0.1
+    assert len(found["prune_thresholds"]) == 12 and any(value != 0.9 for value in found["merge_thresholds"])
+    rows = list(csv.DictReader((tmp_path / "out" / "log.csv").open()))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    trained = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["model"]
+    assert all(torch.equal(w, trained[name]) for name, w in source.state_dict().items())  # the backbone, to the bit
+    printed = capsys.readouterr().out.strip().splitlines()
+    assert len(printed) == 5 and f"r = {metrics['flops_ratio']:.3f}" in printed[3]
+
+    evaluate.main(common + ["--thresholds", str(tmp_path / "out" / "thresholds.json"), "--json", str(tmp_path / "again.json")])
+    again = read(tmp_path / "again.json")
+    for key in METRICS:
+        assert again[key] == pytest.approx(metrics[key]), key
+
+
+def test_r_in_the_metrics_is_what_inference_ran(tmp_path):
+    evaluate.main(["--limit-val", "10", "-b", "1", "--json", str(tmp_path / "m.json")])
+    metrics = read(tmp_path / "m.json")
+    model = load_thresholds(evaluate.build_model("demo", "ltmp"), evaluate.DEMO_THRESHOLDS)
+    images = data.subset(data.open_split(None, "val", data.eval_transform(28, 1.0, model.config.mean, model.config.std)), 10)
+    counts = [counted(model, images[i][0])[0] for i in range(10)]
+    dense = counted(evaluate.dense_twin(model), images[0][0])[0]
+    assert metrics["flops_ratio"] == pytest.approx(np.mean(counts) / dense, rel=0.011)  # torch counts the matching too
+    assert metrics["flops_ratio"] < 0.8
+
+
+@pytest.mark.parametrize("recipe", train.RECIPES)
+def test_same_seed_same_thresholds_and_interrupted_runs_end_the_same(tmp_path, monkeypatch, capsys, recipe):
+    def run(out, *flags):
+        train.main(SMALL + ["--recipe", recipe, "--out", str(tmp_path / out), *flags])
+        return read(tmp_path / out / "thresholds.json"), (tmp_path / out / "log.csv").read_text()
+
+    whole = run("a")
+    assert run("b") == whole
+    assert run("c", "--seed", "1")[0]["merge_thresholds"] != whole[0]["merge_thresholds"]
+
+    calls, ratio = [], train.flops_ratio
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of the third step
+        return ratio(*args)
+
+    monkeypatch.setattr(train, "flops_ratio", interrupted)
+    with pytest.raises(SystemExit):
+        run("d")
+    assert "stopped after step 3 of 6" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert not (tmp_path / "d" / "thresholds.json").exists()
+    for out, flags, message in (("d", ["--target", "0.5"], "target = 0.75, not 0.5"), ("e", [], "nothing to resume")):
+        with pytest.raises(SystemExit):
+            run(out, "--resume", *flags)
+        assert message in capsys.readouterr().err
+    assert run("d", "--resume") == whole
+
+
+@pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
+def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
+    train.main(SMALL[:2] + ["--limit-val", "200", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
+    metrics, found = read(tmp_path / "metrics.json"), read(tmp_path / "thresholds.json")
+    assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.03)  # 200 images; on all of them it is closer
+    assert {key for key in found if key.endswith("_thresholds")} == {f"{step}_thresholds" for step in METHODS[method]}
+
+
+def test_landing_is_exact_and_refuses_what_cannot_be():
+    model = evaluate.build_model("demo", "ltmp")
+    images = data.subset(data.open_split(None, "train", data.eval_transform(28, 1.0, model.config.mean, model.config.std)), 16)
+    batch = torch.stack([images[i][0] for i in range(16)])
+    spread = train.start_from_scores(model, batch)
+    before = [masker.threshold.item() for _, masker in train.threshold_maskers(model)]
+    for target in (0.3, 0.5, 0.9, 1.0):
+        r = train.land(model, [batch], target, spread)
+        with torch.inference_mode():
+            measured = flops.flops_ratio(model.eval()(batch)[1].double(), model.config).item()
+        assert measured == pytest.approx(target, abs=0.003) and r == pytest.approx(measured, abs=1e-6)
+    with pytest.raises(ValueError, match="out of reach: the lowest r is 0.0"):
+        train.land(model, [batch], 0.01, spread)
+    assert before != [masker.threshold.item() for _, masker in train.threshold_maskers(model)]
+
+
+def test_dense_training_changes_all_weights_and_learns(tmp_path):
+    make_folder(tmp_path / "images", classes=("red", "green", "blue"), per_class=8, size=(28, 28), suffix=".png")
+    train.main(["--model", "demo", "--method", "dense", "--weights", "none", "--data", str(tmp_path / "images"), "--epochs", "8", "-b", "6",
+                "--lr-backbone", "1e-3", "--patch-drop", "0.5", "--out", str(tmp_path / "out")])
+    metrics = read(tmp_path / "out" / "metrics.json")
+    assert metrics["top1"] == metrics["dense_top1"] > 60 and metrics["flops_ratio"] == 1
+    torch.manual_seed(0)
+    initial = create_model("demo", "dense").state_dict()
+    trained = torch.load(tmp_path / "out" / "last.pt", weights_only=True)["model"]
+    assert all(not torch.equal(w, trained[name]) for name, w in initial.items())
+
+
+@pytest.mark.parametrize("method, r", [("dense", None), ("tome", "8"), ("topk", "8")])
+def test_evaluate_other_methods_on_the_demo(tmp_path, method, r):
+    evaluate.main(["--method", method, "--limit-val", "40", "--json", str(tmp_path / "m.json")] + (["--r", r] if r else []))
+    metrics = read(tmp_path / "m.json")
+    assert METRICS <= metrics.keys() and metrics["method"] == method
+    expected = [197.0] * 12 if r is None else [197.0 - 8 * (i + 1) for i in range(12)]
+    assert metrics["kept"] == expected
+
+
+def test_the_demo_vit_is_a_good_one():
+    """90 % on all 10,000 test images (README); here a quarter of the embedded ones."""
+    model = evaluate.build_model("demo", "dense")
+    config = model.config
+    val = data.subset(data.open_split(None, "val", data.eval_transform(28, config.crop_pct, config.mean, config.std)), 500)
+    metrics = evaluate.measure(model, torch.utils.data.DataLoader(val, 100), torch.device("cpu"))
+    assert metrics["top1"] >= 88 and sum(p.numel() for p in model.parameters()) <= 0.7e6
+    assert evaluate.DEMO_WEIGHTS.stat().st_size < 1.5e6 and torch.load(evaluate.DEMO_WEIGHTS, weights_only=True)["head.weight"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--data", "nowhere"], "no data folder at nowhere"),
+    (["--weights", "nowhere.pth"], "no checkpoint at nowhere.pth"),
+    (["--model", "vit_tiny_patch16_224"], "no official weights are known"),
+])
+def test_wrong_input_is_one_line(flags, message, tmp_path):
+    for script, more in (("train.py", ["--out", str(tmp_path)]), ("evaluate.py", ["--method", "dense"])):
+        run = subprocess.run([sys.executable, script, *flags, *more], cwd=HERE, capture_output=True, text=True)
+        assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# What the README says
+
+
+def test_the_readme_example_of_another_vit():
+    code = re.search(r"```python\n(from ltmp import.*?)```", (HERE / "README.md").read_text(), re.S).group(1)
+    names = {}
+    exec(code, names)
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(32, 2, 64, activation="gelu", norm_first=True, batch_first=True).eval()
+    maskers = lambda merge, prune: (ltmp.ThresholdMasker(merge, 0.1), ltmp.ThresholdMasker(prune, 0.1))
+    x, ones = torch.randn(3, 18, 32), torch.ones(3, 18)
+    with torch.no_grad():
+        same, size, mask = names["reduced_layer"](layer, x, ones, ones, *maskers(2, 0), drop=True)
+        torch.testing.assert_close(same[:, 0], layer(x)[:, 0])  # nothing merged, nothing pruned: the layer itself
+        cut, _, cut_mask = names["reduced_layer"](layer, x, ones, ones, *maskers(0.3, 0.05), drop=True)
+        whole, _, whole_mask = names["reduced_layer"](layer, x, ones, ones, *maskers(0.3, 0.05), drop=False)
+    assert cut.shape[1] < 18 == whole.shape[1] and torch.equal(cut_mask.sum(1), whole_mask.sum(1))
+    torch.testing.assert_close(cut[cut_mask > 0], whole[whole_mask > 0])
+
+
+def test_the_readme_names_every_flag_that_it_uses():
+    text = (HERE / "README.md").read_text()
+    known = set()
+    for script in ("train.py", "evaluate.py", "flops.py", "data.py"):
+        known |= set(re.findall(r'"(--?[a-z][a-z0-9-]*)"', (HERE / script).read_text() + (HERE / "evaluate.py").read_text()))
+    for command in re.findall(r"python (?:train|evaluate|flops|data)\.py([^\n`]*)", text):
+        assert set(re.findall(r"(?<= )--?[a-z][a-z-]*", command)) <= known, command

@@ -11,8 +11,10 @@ import argparse
 import json
 import math
 import os
+import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +23,16 @@ import torch.nn.functional as F
 import data
 import evaluate
 import ltmp
-from flops import flops_ratio
+from flops import flops_ratio, model_flops
 
 LOG_HEADER = "step,loss,cross_entropy,r,top1"
+
+
+# How thresholds are learned: learning rates of the (prune, merge) thresholds, temperature of their gradient.
+RECIPES = {
+    "paper": {"batch_size": 128, "lr": [5e-6, 5e-3], "tau": 0.1},  # SGD
+    "adaptive": {"batch_size": 32, "lr": [0.05, 0.05], "tau": 0.3},  # Adam; lr and tau in units of each threshold's spread
+}
 
 
 def parse_args(argv=None):
@@ -35,54 +44,67 @@ def parse_args(argv=None):
                         "dense: neither, and train all weights (default: %(default)s)")
     parser.add_argument("--target", type=float, default=0.75, help="FLOPs to end at, as a share of dense (default: %(default)s)")
     parser.add_argument("--epochs", type=evaluate.positive, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--lr", type=float, nargs=2, default=(5e-6, 5e-3), metavar=("PRUNE", "MERGE"),
-                        help="learning rates of the prune and merge thresholds, SGD (default: 5e-6 5e-3)")
-    parser.add_argument("--lr-backbone", type=float, default=1e-4, metavar="LR",
-                        help="learning rate of all weights, AdamW, for --method dense (default: %(default)s)")
+    parser.add_argument("--recipe", choices=RECIPES, help="paper: SGD, as published; adaptive: start and end where r is the target, "
+                        "with steps that suit the spread of each block's scores (default: paper; for the demo adaptive)")
+    parser.add_argument("--lr", type=float, nargs=2, metavar=("PRUNE", "MERGE"), help="learning rates of the prune and merge thresholds "
+                        "(default: 5e-6 5e-3; adaptive: 0.05 0.05, in standard deviations of the scores)")
+    parser.add_argument("--lr-backbone", type=float, metavar="LR", help="learning rate of the weights: AdamW, 1e-4 by default, for "
+                        "--method dense; beside thresholds the weights are frozen unless this is given")
     parser.add_argument("--patch-drop", type=float, default=0.0, metavar="SHARE", help="with --method dense: leave out this share of the "
                         "patches, drawn anew for each image, in the first three quarters of the steps; faster (default: %(default)s)")
     parser.add_argument("--reg-weight", type=float, default=10.0, metavar="LAMBDA", help="weight of (r - target)^2 in the loss (default: %(default)s)")
-    parser.add_argument("--tau", type=float, default=0.1, help="temperature of the thresholds' gradient (default: %(default)s)")
+    parser.add_argument("--tau", type=float, help="temperature of the thresholds' gradient (default: 0.1; adaptive: 0.3, in standard deviations of the scores)")
     parser.add_argument("--limit-train", type=evaluate.positive, metavar="N", help="train on N images, evenly spread (default: all)")
-    parser.add_argument("--seed", type=int, default=0, help="order of the images and their augmentation (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.patch_drop and args.method != "dense":
+        parser.error("--patch-drop goes with --method dense")
+    args.model = evaluate.default_model(args)
+    args.recipe = args.recipe or ("adaptive" if args.model == "demo" else "paper")
+    args.batch_size = args.batch_size or RECIPES[args.recipe]["batch_size"]
+    args.lr = args.lr or RECIPES[args.recipe]["lr"]
+    args.tau = args.tau or RECIPES[args.recipe]["tau"]
+    return args
 
 
-def make_optimizer(model, args, total_steps):
-    """What trains and how: SGD without momentum for thresholds (paper: training), AdamW for all weights if dense."""
+def make_optimizer(model, args, total_steps, spread):
+    """What trains and how: thresholds by SGD without momentum (paper) or Adam (adaptive), all weights, if dense, by AdamW."""
+    cosine = lambda step: (1 + math.cos(math.pi * step / total_steps)) / 2
     if model.method == "dense":
         decay = [p for p in model.parameters() if p.dim() > 1]
         rest = [p for p in model.parameters() if p.dim() <= 1]
-        optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=args.lr_backbone, betas=(0.9, 0.99), weight_decay=0.05)
+        optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=args.lr_backbone or 1e-4, betas=(0.9, 0.99), weight_decay=0.05)
         warmup = max(1, total_steps // 20)
-        shape = lambda step: min((step + 1) / warmup, (1 + math.cos(math.pi * step / total_steps)) / 2)
+        shape = lambda step: min((step + 1) / warmup, cosine(step))
     else:
-        model.requires_grad_(False)
-        groups = []
-        for step, lr in zip(("prune", "merge"), args.lr):
-            thresholds = [p for name, p in model.named_parameters() if name.endswith(f"{step}_masker.threshold")]
-            groups += [{"params": [p.requires_grad_() for p in thresholds], "lr": lr}] if thresholds else []
-        optimizer, shape = torch.optim.SGD(groups), lambda step: 1.0
+        model.requires_grad_(args.lr_backbone is not None)
+        lr = dict(zip(("prune", "merge"), args.lr))
+        groups = [{"params": [m.threshold.requires_grad_()], "lr": lr[step] * spread.get(m, 1.0)} for step, m in threshold_maskers(model)]
+        if args.lr_backbone is not None:
+            groups.append({"params": [p for name, p in model.named_parameters() if not name.endswith("_masker.threshold")], "lr": args.lr_backbone})
+        if args.recipe == "paper":
+            optimizer, shape = torch.optim.SGD(groups), lambda step: 1.0
+        else:
+            optimizer, shape = torch.optim.Adam(groups, betas=(0.9, 0.99)), cosine
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
 
 
-def drop_patches(block, inputs):
-    """Pre-hook of the first block: keep the class token and a random share of the patches (PatchDropout, arXiv 2208.07220)."""
-    x, size, mask, drop = inputs  # (B, N, C), (B, N), None: the method is dense
-    keep = 1 + round((x.shape[1] - 1) * (1 - block.patch_drop))
-    order = torch.rand(size[:, 1:].shape, device=x.device).argsort(1)[:, : keep - 1] + 1
-    order = torch.cat([torch.zeros_like(order[:, :1]), order], 1)  # (B, keep)
-    return x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2])), size[:, :keep], mask, drop
+def drop_patches(share, block, inputs):
+    """Pre-hook of the first block: leave out a random share of each image's patches (PatchDropout, arXiv 2208.07220)."""
+    x, size, *rest = inputs  # (B, N, C), (B, N)
+    order = torch.rand(size[:, 1:].shape, device=x.device).argsort(1) + 1  # (B, N - 1)
+    order = order[:, : round(order.shape[1] * (1 - share))]
+    order = torch.cat([torch.zeros_like(order[:, :1]), order], 1)  # the class token stays
+    return x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2])), size.gather(1, order), *rest
 
 
-def learn(model, train_set, args, device):
-    """Train what requires a gradient, for --epochs over train_set; write log.csv and last.pt as it goes."""
+def learn(model, train_set, args, device, spread):
+    """Train for --epochs over train_set what make_optimizer chose. Writes log.csv and last.pt every minute and at the end."""
     batches_per_epoch = math.ceil(len(train_set) / args.batch_size)
     total_steps = args.epochs * batches_per_epoch
-    optimizer, schedule = make_optimizer(model, args, total_steps)
-    thresholds = [p for name, p in model.named_parameters() if name.endswith("threshold")]
+    optimizer, schedule = make_optimizer(model, args, total_steps, spread)
+    thresholds = [masker.threshold for _, masker in threshold_maskers(model)]
     scaler = torch.amp.GradScaler(device.type, enabled=evaluate.amp_dtype(device, args.amp) == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     step, log = 0, [LOG_HEADER]
@@ -91,54 +113,125 @@ def learn(model, train_set, args, device):
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         step, log = saved["step"], saved["log"]
-    hook = model.blocks[0].register_forward_pre_hook(drop_patches) if args.patch_drop else None
+    hook = model.blocks[0].register_forward_pre_hook(partial(drop_patches, args.patch_drop)) if args.patch_drop else None
 
     def save():
         save_file(args.out / "last.pt", {name: part.state_dict() for name, part in parts.items()}
                   | {"step": step, "log": log, "settings": settings(args)})
         evaluate.write_file(args.out / "log.csv", "\n".join(log) + "\n")
 
+    interrupted = []  # Ctrl-C ends the step that runs, saves, and stops; a second one stops at once
+    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, previous)))
     model.train()
     progress, saved_at, first = evaluate.Progress(), time.time(), step
-    try:
-        while step < total_steps:
-            epoch, batch = divmod(step, batches_per_epoch)
-            batches = data.epoch_batches(len(train_set), args.batch_size, epoch, args.seed)[batch:]
-            for images, labels in evaluate.make_loader(train_set, args, device, batch_sampler=batches):
-                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
-                torch.manual_seed(args.seed + step)  # whatever a step draws depends on the step alone
-                if hook and step >= 0.75 * total_steps:
-                    hook.remove()
-                with evaluate.amp_context(device, args.amp):
-                    logits, kept = model(images)  # (B, classes), (depth, B)
-                ratio = flops_ratio(kept, model.config)
-                cross_entropy = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
-                loss = cross_entropy + (args.reg_weight * (ratio - args.target) ** 2 if thresholds else 0)
-                optimizer.zero_grad()
-                scaler.scale(loss).backward()
-                scaler.unscale_(optimizer)
-                if model.method == "dense":
-                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                scaler.step(optimizer)
-                scaler.update()
-                schedule.step()
-                with torch.no_grad():
-                    for threshold in thresholds:
-                        threshold.clamp_(0, 1)
-                step += 1
-                top1 = (logits.argmax(1) == labels).float().mean().item() * 100
-                log.append(f"{step},{loss.item():.6f},{cross_entropy.item():.6f},{ratio.item():.6f},{top1:.3f}")
-                speed = (step - first) * args.batch_size / (time.time() - progress.start)
-                goal = f"r {ratio.item():.3f} (target {args.target:g})" if thresholds else f"top-1 {top1:.1f} %"
-                progress.show(f"train: step {step}/{total_steps}, {speed:.0f} images/s, loss {loss.item():.3f}, {goal}",
-                              step - first, total_steps - first)
-                if time.time() - saved_at > 60:
-                    save()
-                    saved_at = time.time()
-    except KeyboardInterrupt:
-        save()
-        sys.exit(f"\nstopped after step {step} of {total_steps}; the same command with --resume goes on from there")
+    while step < total_steps:
+        epoch, done = divmod(step, batches_per_epoch)
+        batches = data.epoch_batches(len(train_set), args.batch_size, epoch, args.seed)[done:]
+        for images, labels in evaluate.make_loader(train_set, args, device, batch_sampler=batches):
+            images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+            torch.manual_seed(args.seed + step)  # what a step draws depends on the step alone
+            if hook and step >= 0.75 * total_steps:
+                hook.remove()
+            with evaluate.amp_context(device, args.amp):
+                logits, kept = model(images)  # (B, classes), (depth, B)
+            ratio = flops_ratio(kept, model.config)
+            cross_entropy = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
+            loss = cross_entropy + (args.reg_weight * (ratio - args.target) ** 2 if thresholds else 0)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            if not thresholds:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            schedule.step()
+            with torch.no_grad():
+                for threshold in thresholds:
+                    threshold.clamp_(0, 1)
+            step += 1
+
+            loss, r, top1 = loss.item(), ratio.item(), 100 * (logits.argmax(1) == labels).float().mean().item()
+            log.append(f"{step},{loss:.6f},{cross_entropy.item():.6f},{r:.6f},{top1:.3f}")
+            speed = (step - first) * args.batch_size / (time.time() - progress.start)
+            goal = f"r {r:.3f} (target {args.target:g})" if thresholds else f"top-1 {top1:.1f} %"
+            progress.show(f"train: step {step}/{total_steps}, {speed:.0f} images/s, loss {loss:.3f}, {goal}", step - first, total_steps - first)
+            if interrupted or time.time() - saved_at > 60:
+                save()
+                saved_at = time.time()
+            if interrupted:
+                evaluate.stop(f"stopped after step {step} of {total_steps}; the same command with --resume goes on from there", 130)
+    signal.signal(signal.SIGINT, previous)
     save()
+
+
+def threshold_maskers(model):
+    """("merge" or "prune", masker) of every learned threshold, block by block."""
+    return [(name.split(".")[-1][:5], module) for name, module in model.named_modules() if isinstance(module, ltmp.ThresholdMasker)]
+
+
+@torch.no_grad()
+def start_from_scores(model, images):
+    """Put each threshold on the mean of the scores that it meets while nothing is removed yet.
+
+    images (B, 3, S, S). Returns their standard deviation, the scale of each threshold: masker -> float.
+    """
+    mean, spread, hooks = {}, {}, []
+
+    def record(masker, inputs, output):
+        scores = inputs[0][inputs[0].isfinite()]
+        mean[masker], spread[masker] = scores.mean().item(), scores.std().item()
+
+    for step, masker in threshold_maskers(model):
+        masker.threshold.fill_(1.0 if step == "merge" else 0.0)
+        hooks.append(masker.register_forward_hook(record))
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+    for _, masker in threshold_maskers(model):
+        masker.threshold.fill_(mean[masker])
+    return spread
+
+
+@torch.no_grad()
+def land(model, batches, target, spread, tolerance=0.002):
+    """Move all thresholds together until r, measured by really dropping tokens, is the target.
+
+    One number t moves every merge threshold by +t and every prune threshold by -t, in units of the
+    spread of the scores that it meets. More t, more tokens: t is found between two that enclose it.
+    batches: images (B, 3, S, S); spread: masker -> float. Returns r. Raises ValueError where no t gives so small an r.
+    """
+    model.eval()
+    maskers = [(step, m, m.threshold.clone()) for step, m in threshold_maskers(model)]
+
+    def r_at(t):
+        for step, masker, start in maskers:
+            change = t * spread[masker]
+            masker.threshold.copy_((start + (change if step == "merge" else -change)).clamp(0, 1))
+        flops = torch.cat([model_flops(model.config, model(images)[1].double()) for images in batches])  # (images,)
+        return flops.mean().item() / model_flops(model.config)
+
+    r, low, high = r_at(0.0), (-0.5, None), (0.5, None)  # (t, r) on either side of the target
+    if abs(r - target) <= tolerance:
+        return r
+    low, high = (low, (0.0, r)) if r > target else ((0.0, r), high)
+    while low[1] is None or low[1] > target:
+        low = (low[0], r_at(low[0]))
+        if low[1] > target:
+            if low[0] < -1e6:
+                raise ValueError(f"the target {target:g} is out of reach: the lowest r is {low[1]:.3f}")
+            low, high = (low[0] * 4, None), low
+    while high[1] is None or high[1] < target:
+        high = (high[0], r_at(high[0]))
+        if high[1] < target:
+            if high[0] > 1e6:
+                return high[1]  # r = 1 but for rounding
+            low, high = high, (high[0] * 4, None)
+    while high[0] - low[0] > 1e-6 and abs(r - target) > tolerance:
+        share = (target - low[1]) / max(high[1] - low[1], 1e-9)  # where a straight line would meet it
+        middle = low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
+        r = r_at(middle)
+        low, high = ((middle, r), high) if r < target else (low, (middle, r))
+    return r
 
 
 def settings(args):
@@ -171,34 +264,42 @@ def result(model, name, args, images):
              for step in ("merge", "prune") if step in ltmp.METHODS[model.method]}
     return {"model": name, "method": model.method, "target": args.target} | found | {
         "data": args.data or "embedded Fashion-MNIST", "weights": args.weights or "the model's own", "images": images,
-        "epochs": args.epochs, "batch_size": args.batch_size, "lr": list(args.lr), "reg_weight": args.reg_weight,
+        "epochs": args.epochs, "batch_size": args.batch_size, "recipe": args.recipe, "lr": args.lr, "reg_weight": args.reg_weight,
         "tau": args.tau, "seed": args.seed, "version": ltmp.__version__}
 
 
 def main(argv=None):
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    device, name = torch.device(args.device), evaluate.default_model(args)
+    device, name = torch.device(args.device), args.model
     try:
-        model = evaluate.build_model(name, args.method, args.weights, args.tau).to(device)
-        config = model.config
-        train_set, val_set = (data.open_split(args.data, split) for split in ("train", "val"))
+        train_set, val_set = (evaluate.open_split(args, split) for split in ("train", "val"))
+        model = evaluate.build_model(name, args.method, args.weights, args.tau, None, args.num_classes, args.image_size).to(device)
+        val_loader = evaluate.make_loader(evaluate.still(val_set, model, args.limit_val), args, device, batch_size=args.batch_size)
     except ValueError as error:
-        sys.exit(f"train.py: {error}")
+        evaluate.stop(error)
+    config = model.config
     # Fashion-MNIST's objects are centred and fill the image: of the augmentation only the flip makes sense.
     milder = {"scale": (1, 1), "jitter": 0} if isinstance(train_set, data.FashionMNIST) else {}
-    train_set = data.Augmented(data.subset(train_set, args.limit_train),
-                               data.train_transform(config.image_size, config.mean, config.std, **milder), args.seed)
-    val_set.transform = data.eval_transform(config.image_size, config.crop_pct, config.mean, config.std)
-    val_loader = evaluate.make_loader(data.subset(val_set, args.limit_val), args, device, batch_size=args.batch_size)
-    model.blocks[0].patch_drop = args.patch_drop
+    transform = data.train_transform(config.image_size, config.mean, config.std, **milder)
+    augmented = data.Augmented(data.subset(train_set, args.limit_train), transform, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        learn(model, train_set, args, device)
+        spread, adaptive = {}, args.recipe == "adaptive" and model.method != "dense"
+        if adaptive:
+            plain = evaluate.still(evaluate.open_split(args, "train"), model, 512)  # spread over all classes
+            batches = [images.to(device) for images, _ in evaluate.make_loader(plain, args, device, batch_size=64)]
+            spread = start_from_scores(model, batches[0])
+            print(f"start: r = {land(model, batches[::4], args.target, spread, 0.01):.3f}", file=sys.stderr)
+            for _, masker in threshold_maskers(model):
+                masker.tau = args.tau * spread[masker]
+        learn(model, augmented, args, device, spread)
+        if adaptive:
+            print(f"landing: r = {land(model, batches, args.target, spread):.3f} on {len(plain)} training images", file=sys.stderr)
     except ValueError as error:
-        sys.exit(f"train.py: {error}")
+        evaluate.stop(error)
     if model.method != "dense":
-        evaluate.write_file(args.out / "thresholds.json", json.dumps(result(model, name, args, len(train_set)), indent=1))
+        evaluate.write_file(args.out / "thresholds.json", json.dumps(result(model, name, args, len(augmented)), indent=1))
     metrics = {"model": name, "method": model.method, "target": args.target} | evaluate.measure_both(model, val_loader, device, args.amp)
     evaluate.write_file(args.out / "metrics.json", json.dumps(metrics, indent=1))
     print(evaluate.report(metrics, name, model.method))
