@@ -11,10 +11,10 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 import data
 import ltmp
@@ -59,10 +59,10 @@ def positive(text):
 
 
 def share(text):
-    """argparse type: a number above 0 and below 1."""
+    """argparse type: a number above 0, at most 1."""
     value = float(text)
-    if not 0 < value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
     return value
 
 
@@ -71,17 +71,23 @@ def default_model(args):
     return args.model or ("deit_small_patch16_224" if args.data else "demo")
 
 
-def build_model(name, method, weights=None, tau=0.1, r=None, num_classes=None, image_size=None):
-    """create_model and its weights: weights a path or URL, "none" for random ones, None for the model's own.
+def read_weights(name, weights):
+    """The checkpoint that --weights names: a path or URL, None for the model's own; "none" gives None."""
+    if weights == "none":
+        return None
+    if weights is not None:
+        return ltmp.read_checkpoint(weights)
+    return ltmp.read_checkpoint(DEMO_WEIGHTS) if name == "demo" else ltmp.read_checkpoint(ltmp.official_weights(name))
+
+
+def build_model(name, method, state, tau=0.1, r=None, num_classes=None, image_size=None):
+    """create_model with the weights in state (see read_weights), random ones if None.
 
     num_classes=None takes as many as the weights have. Raises ValueError where something does not fit.
     """
     changes = {"image_size": image_size} if image_size else {}
-    if weights == "none":
+    if state is None:
         return ltmp.create_model(name, method, num_classes, tau, r, **changes)
-    if weights is None:
-        weights = DEMO_WEIGHTS if name == "demo" else ltmp.official_weights(name)
-    state = ltmp.read_checkpoint(weights)
     found = len(state["head.weight"]) if "head.weight" in state else None
     model = ltmp.create_model(name, method, num_classes or found, tau, r, **changes)
     if num_classes and num_classes != found:
@@ -227,22 +233,24 @@ def report(metrics, name, method):
 def chosen_model(args):
     """The model that the flags ask for, with weights and thresholds, and its name."""
     name = default_model(args)
+    state = read_weights(name, args.weights)
+    build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)
     if args.method in ("dense", "tome", "topk"):
-        r = args.r[0] if args.r and len(args.r) == 1 else args.r
-        return build_model(name, args.method, args.weights, r=r, num_classes=args.num_classes, image_size=args.image_size), name
-    path = args.thresholds or (DEMO_THRESHOLDS if name == "demo" else None)
-    if path is None:
+        return build(args.method, r=args.r[0] if args.r and len(args.r) == 1 else args.r), name
+    inside = [step for step in ("merge", "prune") if state and f"blocks.0.{step}_masker.threshold" in state]
+    if inside and not args.thresholds:
+        return build(args.method or {"merge": "ltm", "prune": "ltp", "merge prune": "ltmp"}[" ".join(inside)]), name
+    if not args.thresholds and name != "demo":
         raise ValueError("--thresholds FILE is needed: the thresholds.json that train.py wrote")
-    found = ltmp.read_thresholds(path)
-    model = build_model(name, args.method or found["method"], args.weights, num_classes=args.num_classes, image_size=args.image_size)
-    return ltmp.load_thresholds(model, found), name
+    found = ltmp.read_thresholds(args.thresholds or DEMO_THRESHOLDS)
+    return ltmp.load_thresholds(build(args.method or found["method"]), found), name
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Evaluate a ViT, dense and with its tokens reduced. Without arguments: the demo.")
     add_common_arguments(parser)
-    parser.add_argument("--method", choices=ltmp.METHODS, help="default: the one in the thresholds file, else ltmp")
-    parser.add_argument("--thresholds", metavar="FILE", help="thresholds.json from training (default: the demo's; none needed for dense, tome, topk)")
+    parser.add_argument("--method", choices=ltmp.METHODS, help="default: that of the thresholds")
+    parser.add_argument("--thresholds", metavar="FILE", help="thresholds.json from training (default: those in the checkpoint; the demo's own)")
     parser.add_argument("--r", type=int, nargs="+", metavar="N", help="tokens that tome or topk removes per block: one number, or one per block")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there")
     args = parser.parse_args(argv)

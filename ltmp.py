@@ -315,16 +315,17 @@ class Attention(nn.Module):
     def forward(self, x, size=None, mask=None):
         """x (B, N, C), size, mask (B, N) -> out (B, N, C), key (B, N, D), importance (B, N).
 
-        Without a mask all tokens live and nobody asks for importance: torch's fused attention.
+        Without a mask (the dense method) nobody asks for the latter two: torch's fused attention.
         """
         B, N, C = x.shape
         qkv = self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         if mask is None:
-            out, importance = F.scaled_dot_product_attention(q, k, v), None
+            out, key, importance = F.scaled_dot_product_attention(q, k, v), None, None
         else:
             out, importance = masked_attention(q, k, v, size, mask)
-        return self.proj(out.transpose(1, 2).reshape(B, N, C)), k.mean(1, dtype=torch.float32), importance
+            key = k.mean(1, dtype=torch.float32)  # (B, N, D)
+        return self.proj(out.transpose(1, 2).reshape(B, N, C)), key, importance
 
 
 class MLP(nn.Module):

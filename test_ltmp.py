@@ -410,6 +410,250 @@ def test_official_weights_are_checked_by_hash(monkeypatch, tmp_path):
                 ltmp.official_weights("demo")
 
 
+# One set of weights in the clothes of every library; each writer is the inverse of a table in ltmp.py, written by hand.
+
+
+def split_qkv(state, pattern):
+    """blocks.i.attn.qkv -> three entries named by pattern, with {i}, {part} of q, k, v."""
+    out = {}
+    for name, value in state.items():
+        if ".attn.qkv." in name:
+            for part, piece in zip("qkv", value.chunk(3)):
+                out[pattern.format(i=name.split(".")[1], part=part) + "." + name.split(".")[-1]] = piece
+        else:
+            out[name] = value
+    return out
+
+
+def replace_names(state, pairs):
+    for old, new in pairs:
+        state = {re.sub(old, new, name): value for name, value in state.items()}
+    return state
+
+
+HF_COMMON = [(r"^cls_token", "embeddings.cls_token"), (r"^pos_embed", "embeddings.position_embeddings"),
+             (r"^patch_embed.proj", "embeddings.patch_embeddings.projection"), (r"^head", "classifier"), (r"^norm", "layernorm")]
+
+
+def as_hugging_face(state, prefix="vit."):
+    state = split_qkv(state, "blocks.{i}.attention.attention.{part}")
+    state = replace_names(state, HF_COMMON + [
+        (r"attention.q\.", "attention.query."), (r"attention.k\.", "attention.key."), (r"attention.v\.", "attention.value."),
+        (r"attn.proj", "attention.output.dense"), (r"mlp.fc1", "intermediate.dense"), (r"mlp.fc2", "output.dense"),
+        (r"\.norm1", ".layernorm_before"), (r"\.norm2", ".layernorm_after"), (r"^blocks", "encoder.layer")])
+    return {name if "classifier" in name else prefix + name: value for name, value in state.items()} | {
+        prefix + "pooler.dense.weight": torch.zeros(2, 2)}
+
+
+def as_transformers_5(state):
+    state = split_qkv(state, "blocks.{i}.attention.{part}_proj")
+    state = replace_names(state, HF_COMMON + [(r"attn.proj", "attention.o_proj"), (r"\.norm1", ".layernorm_before"),
+                                              (r"\.norm2", ".layernorm_after"), (r"^blocks", "layers")])
+    return {name if "classifier" in name else "vit." + name: value for name, value in state.items()}
+
+
+def as_dinov2_of_hugging_face(state):
+    state = split_qkv(state, "blocks.{i}.attention.attention.{part}")
+    return replace_names(state, HF_COMMON + [
+        (r"attention.q\.", "attention.query."), (r"attention.k\.", "attention.key."), (r"attention.v\.", "attention.value."),
+        (r"attn.proj", "attention.output.dense"), (r"ls(\d).gamma", r"layer_scale\1.lambda1"), (r"^blocks", "encoder.layer")]) | {
+        "embeddings.mask_token": torch.zeros(1, 32)}
+
+
+def as_flax(state, heads=2):
+    out = {}
+    for name, value in split_qkv(state, "blocks.{i}.attn.{part}").items():
+        if name.endswith("weight") and "norm" not in name:
+            if ".attn.proj" in name:  # (H, D, C)
+                value = value.T.unflatten(0, (heads, -1))
+            elif ".attn." in name:  # (C, H, D)
+                value = value.T.unflatten(1, (heads, -1))
+            else:
+                value = value.permute(2, 3, 1, 0) if value.dim() == 4 else value.T
+        elif re.search(r"attn\.[qkv]\.bias", name):
+            value = value.unflatten(0, (heads, -1))
+        for old, new in [(r"^blocks.(\d+)", r"Transformer/encoderblock_\1"), (r"^norm", "Transformer/encoder_norm"), (r"^patch_embed.proj", "embedding"),
+                         (r"^pos_embed", "Transformer/posembed_input/pos_embedding"), (r"^cls_token", "cls"),
+                         (r"attn.proj", "MultiHeadDotProductAttention_1/out"), (r"attn.q\b", "MultiHeadDotProductAttention_1/query"),
+                         (r"attn.k\b", "MultiHeadDotProductAttention_1/key"), (r"attn.v\b", "MultiHeadDotProductAttention_1/value"),
+                         (r"mlp.fc1", "MlpBlock_3/Dense_0"), (r"mlp.fc2", "MlpBlock_3/Dense_1"), (r"norm1.weight", "LayerNorm_0/scale"),
+                         (r"norm1", "LayerNorm_0"), (r"norm2.weight", "LayerNorm_2/scale"), (r"norm2", "LayerNorm_2"),
+                         (r"norm.weight", "norm/scale"), (r"weight", "kernel"), (r"\.", "/")]:
+            name = re.sub(old, new, name)
+        out[name] = value
+    return out
+
+
+FORMATS = {
+    "deit": lambda state: {"model": state},
+    "timm": dict,
+    "ours, or the authors'": lambda state: {"model": state | {f"blocks.{i}.{step}_masker.threshold": torch.tensor([0.01 + 0.94 * (step == "merge")])
+                                                              for i in range(2) for step in ("merge", "prune")}},
+    "state_dict of DDP": lambda state: {"state_dict": {"module." + name: w for name, w in state.items()}, "epoch": 3},
+    "compiled, averaged": lambda state: {"model_ema": {"_orig_mod." + name: w for name, w in state.items()}, "model": {}},
+    "hugging face": as_hugging_face,
+    "hugging face, deit": lambda state: as_hugging_face(state, "deit."),
+    "hugging face, 5": as_transformers_5,
+    "half precision": lambda state: {name: w.half() for name, w in state.items()},
+}
+
+
+def format_model(**changes):
+    model = LTMPViT(ViTConfig(**dict(image_size=12, patch_size=4, dim=32, depth=2, heads=2, num_classes=5) | changes))
+    spread_weights(model, 1)
+    for name, p in model.named_parameters():
+        p.data = p.data.half().float() if "threshold" not in name else p.data  # exact in half precision
+    return model
+
+
+def logits_after_loading(source, **changes):
+    fresh = LTMPViT(ViTConfig(**dict(image_size=12, patch_size=4, dim=32, depth=2, heads=2, num_classes=5) | changes), "dense")
+    return load_weights(fresh, source).eval()(torch.arange(432.0).sin().view(1, 3, 12, 12))[0]
+
+
+def plain_state(model):
+    return {name: w for name, w in model.state_dict().items() if "threshold" not in name}
+
+
+@pytest.mark.parametrize("how", FORMATS)
+def test_every_format_gives_the_same_logits(how, tmp_path):
+    state = plain_state(format_model())
+    torch.save(FORMATS[how](state), tmp_path / "weights.anything")
+    assert torch.equal(logits_after_loading(str(tmp_path / "weights.anything")), logits_after_loading(state))
+
+
+def test_flax_npz_gives_the_same_logits(tmp_path):
+    state = plain_state(format_model())
+    with open(tmp_path / "weights.bin", "wb") as file:  # by content, not by name
+        np.savez(file, **{name: value.numpy() for name, value in as_flax(state).items()})
+    assert torch.equal(logits_after_loading(tmp_path / "weights.bin"), logits_after_loading(state))
+
+
+@pytest.mark.parametrize("write", [dict, as_dinov2_of_hugging_face])
+def test_dinov2_with_layer_scale_gives_the_same_features(write):
+    state = plain_state(format_model(layer_scale=True, num_classes=0))
+    state["blocks.1.ls2.gamma"] += 0.5
+    extra = {"mask_token": torch.zeros(1, 32)} if write is dict else {}
+    options = dict(layer_scale=True, num_classes=0)
+    assert torch.equal(logits_after_loading(write(state) | extra, **options), logits_after_loading(state, **options))
+
+
+def test_safetensors_or_one_line_that_names_it(tmp_path, monkeypatch):
+    state = {name: w.contiguous() for name, w in plain_state(format_model()).items()}
+    header, blob = {}, b""  # the format: length of the header, header, raw data
+    for name, w in state.items():
+        raw = w.numpy().tobytes()
+        header[name] = {"dtype": "F32", "shape": list(w.shape), "data_offsets": [len(blob), len(blob) + len(raw)]}
+        blob += raw
+    header = json.dumps(header).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + blob)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "safetensors.torch", None)
+        with pytest.raises(ValueError, match="pip install safetensors"):
+            ltmp.read_checkpoint(tmp_path / "model.safetensors")
+    pytest.importorskip("safetensors")
+    assert torch.equal(logits_after_loading(tmp_path / "model.safetensors"), logits_after_loading(state))
+
+
+def test_thresholds_of_a_checkpoint_are_taken_over():
+    model = format_model()
+    set_thresholds(model, 0.25, 0.125)
+    other = load_weights(LTMPViT(model.config), model.state_dict())
+    assert [m.threshold.item() for _, m in train.threshold_maskers(other)] == [0.25, 0.125] * 2
+
+
+def test_positions_are_resized_for_another_grid_and_checked():
+    state = plain_state(format_model())
+    for size in (24, 20, 8):  # 3 x 3 -> 6 x 6, 5 x 5, 2 x 2
+        model = load_weights(LTMPViT(ViTConfig(size, 4, 32, 2, 2, 5)), state)
+        assert torch.isfinite(model.eval()(torch.randn(1, 3, size, size))[0]).all()
+        assert torch.equal(model.pos_embed[:, 0], state["pos_embed"][:, 0])
+    flat = state | {"pos_embed": torch.cat([state["pos_embed"][:, :1], torch.full((1, 9, 32), 0.25)], 1)}
+    resized = load_weights(LTMPViT(ViTConfig(20, 4, 32, 2, 2, 5)), flat).pos_embed[:, 1:]
+    torch.testing.assert_close(resized, torch.full((1, 25, 32), 0.25))  # a constant stays itself
+    ramp = torch.linspace(0, 1, 14)[None, :, None].expand(14, -1, 8).reshape(1, 196, 8)  # grows along the columns
+    larger = ltmp.resize_positions(torch.cat([torch.zeros(1, 1, 8), ramp], 1), 577)[:, 1:].view(24, 24, 8)
+    assert torch.allclose(larger[0], larger[23], atol=1e-6) and (larger[0, 1:, 0] > larger[0, :-1, 0]).all()
+    with pytest.raises(ValueError, match="11 positions, not those of a class token and a square grid"):
+        load_weights(format_model(), state | {"pos_embed": torch.zeros(1, 11, 32)})
+
+
+def test_a_url_is_downloaded_once_and_its_hash_checked(tmp_path, monkeypatch):
+    import hashlib
+    import http.server
+    import threading
+
+    state = plain_state(format_model())
+    torch.save(state, tmp_path / "w.pth")
+    content = (tmp_path / "w.pth").read_bytes()
+    requests = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            requests.append(self.path)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    try:
+        digits, base = hashlib.sha256(content).hexdigest()[:8], f"http://127.0.0.1:{server.server_port}"
+        for _ in range(2):
+            assert torch.equal(logits_after_loading(f"{base}/vit-{digits}.pth"), logits_after_loading(state))
+        assert requests == [f"/vit-{digits}.pth"]
+        with pytest.raises(ValueError, match="hash"):
+            ltmp.read_checkpoint(f"{base}/vit-00000000.pth")
+        assert not list((tmp_path / "hub" / "checkpoints").glob("vit-0000*"))
+    finally:
+        server.shutdown()
+    assert torch.equal(logits_after_loading(f"file://{tmp_path}/w.pth"), logits_after_loading(state))
+
+
+def test_another_number_of_classes_says_what_to_do(tmp_path, capsys):
+    make_folder(tmp_path / "images", classes=[f"class {i:02d}" for i in range(12)], per_class=2, size=(28, 28), suffix=".png")
+    with pytest.raises(SystemExit):
+        evaluate.main(["--model", "demo", "--method", "dense", "--data", str(tmp_path / "images")])
+    assert "the data has 12 classes, the weights have 10: --num-classes 12" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=re.escape("head.weight is (10, 64), not (7, 64)")):
+        load_weights(create_model("demo", num_classes=7), torch.load(evaluate.DEMO_WEIGHTS, weights_only=True))
+    model = demo_model("dense", num_classes=7)
+    assert model.head.weight.shape == (7, 64) and "the head for 7 classes is new" in capsys.readouterr().err
+
+
+def test_fine_tuning_then_thresholds_on_own_data(tmp_path):
+    """Colours in place of clothes, no val/ folder: dense fine-tuning learns them, thresholds keep them."""
+    make_folder(tmp_path / "images", classes=("red", "green", "blue"), per_class=16, size=(28, 28), suffix=".png")
+    common = ["--model", "demo", "--data", str(tmp_path / "images" / "train"), "--val-fraction", "0.25", "-b", "8"]
+    train.main(common + ["--method", "dense", "--num-classes", "3", "--epochs", "8", "--lr-backbone", "1e-3", "--out", str(tmp_path / "dense")])
+    assert read(tmp_path / "dense" / "metrics.json")["top1"] > 80
+    train.main(common + ["--target", "0.6", "--weights", str(tmp_path / "dense" / "last.pt"), "--out", str(tmp_path / "ltmp")])
+    metrics = read(tmp_path / "ltmp" / "metrics.json")
+    assert metrics["top1"] > 80 and metrics["dense_top1"] == read(tmp_path / "dense" / "metrics.json")["top1"]
+    assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.05) and metrics["images"] == 12
+
+    train.main(common + ["--lr-backbone", "1e-4", "--weights", str(tmp_path / "dense" / "last.pt"), "--out", str(tmp_path / "both")])
+    before, after = (torch.load(tmp_path / out / "last.pt", weights_only=True)["model"] for out in ("dense", "both"))
+    assert not torch.equal(before["blocks.0.mlp.fc1.weight"], after["blocks.0.mlp.fc1.weight"])
+
+
+def test_a_split_is_fixed_by_its_seed_and_never_overlaps(tmp_path):
+    make_folder(tmp_path, per_class=10)
+    splits = {(split, seed): {path for path, _ in data.open_split(tmp_path / "train", split, None, 0.3, seed).samples}
+              for split in ("train", "val") for seed in (0, 1)}
+    for seed in (0, 1):
+        assert len(splits["val", seed]) == 9 and len(splits["train", seed]) == 21 and not splits["val", seed] & splits["train", seed]
+    assert splits["val", 0] != splits["val", 1]
+    assert splits["val", 0] == {path for path, _ in data.open_split(tmp_path / "train", "val", None, 0.3, 0).samples}
+    with pytest.raises(ValueError, match="--val-fraction 0.1"):
+        data.open_split(tmp_path / "train", "val")
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"method": "ltm"}', '{"method": "ltmp", "merge_thresholds": [0.9]}',
                                      json.dumps({"method": "ltmp", "merge_thresholds": [0.9] * 12, "prune_thresholds": [None] * 12})])
 def test_broken_thresholds_are_refused(tmp_path, content):
@@ -557,6 +801,10 @@ def test_embedded_data_is_balanced_and_the_splits_share_nothing():
 # ---------------------------------------------------------------------------------------------
 # The loop, end to end
 
+def demo_model(method, **options):
+    return evaluate.build_model("demo", method, evaluate.read_weights("demo", None), **options)
+
+
 METRICS = {"top1", "top5", "dense_top1", "dense_top5", "flops_ratio", "gflops", "kept", "images"}
 SMALL = ["--limit-train", "48", "--limit-val", "40", "-b", "8"]  # of the demo
 
@@ -585,16 +833,18 @@ def test_thresholds_of_a_deit_on_a_folder_of_jpegs(tmp_path, capsys):
     printed = capsys.readouterr().out.strip().splitlines()
     assert len(printed) == 5 and f"r = {metrics['flops_ratio']:.3f}" in printed[3]
 
-    evaluate.main(common + ["--thresholds", str(tmp_path / "out" / "thresholds.json"), "--json", str(tmp_path / "again.json")])
-    again = read(tmp_path / "again.json")
-    for key in METRICS:
-        assert again[key] == pytest.approx(metrics[key]), key
+    last = ["--weights", str(tmp_path / "out" / "last.pt")]  # the same thresholds, inside a checkpoint
+    for flags in (["--thresholds", str(tmp_path / "out" / "thresholds.json")], last):
+        evaluate.main(common + flags + ["--json", str(tmp_path / "again.json")])
+        again = read(tmp_path / "again.json")
+        for key in METRICS:
+            assert again[key] == pytest.approx(metrics[key]), key
 
 
 def test_r_in_the_metrics_is_what_inference_ran(tmp_path):
     evaluate.main(["--limit-val", "10", "-b", "1", "--json", str(tmp_path / "m.json")])
     metrics = read(tmp_path / "m.json")
-    model = load_thresholds(evaluate.build_model("demo", "ltmp"), evaluate.DEMO_THRESHOLDS)
+    model = load_thresholds(demo_model("ltmp"), evaluate.DEMO_THRESHOLDS)
     images = data.subset(data.open_split(None, "val", data.eval_transform(28, 1.0, model.config.mean, model.config.std)), 10)
     counts = [counted(model, images[i][0])[0] for i in range(10)]
     dense = counted(evaluate.dense_twin(model), images[0][0])[0]
@@ -642,19 +892,27 @@ def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
 
 
 def test_landing_is_exact_and_refuses_what_cannot_be():
-    model = evaluate.build_model("demo", "ltmp")
+    model = demo_model("ltmp")
     images = data.subset(data.open_split(None, "train", data.eval_transform(28, 1.0, model.config.mean, model.config.std)), 16)
     batch = torch.stack([images[i][0] for i in range(16)])
-    spread = train.start_from_scores(model, batch)
-    before = [masker.threshold.item() for _, masker in train.threshold_maskers(model)]
-    for target in (0.3, 0.5, 0.9, 1.0):
-        r = train.land(model, [batch], target, spread)
+    scores = train.scores_of(model, batch)
+    spread = {masker: (s[-1] - s[0]).item() for masker, s in scores.items()}
+
+    def measured():
         with torch.inference_mode():
-            measured = flops.flops_ratio(model.eval()(batch)[1].double(), model.config).item()
-        assert measured == pytest.approx(target, abs=0.003) and r == pytest.approx(measured, abs=1e-6)
+            return flops.flops_ratio(model.eval()(batch)[1].double(), model.config).item()
+
+    for target in (0.3, 0.5, 0.9, 1.0):
+        r = train.start_at(model, [batch], scores, target)
+        assert measured() == pytest.approx(target, abs=0.011) and r == pytest.approx(measured(), abs=1e-6)
+        shares = [(masker(s[None], None).mean().item(), step) for step, masker in train.threshold_maskers(model) for s in [scores[masker]]]
+        removed = [share if step == "merge" else 1 - share for share, step in shares]
+        assert max(removed) - min(removed) < 0.01  # the same share everywhere, of the scores that it was drawn from
+        for other in (0.3, 0.6, 0.95):
+            r = train.land(model, [batch], spread, other)
+            assert measured() == pytest.approx(other, abs=0.003) and r == pytest.approx(measured(), abs=1e-6)
     with pytest.raises(ValueError, match="out of reach: the lowest r is 0.0"):
-        train.land(model, [batch], 0.01, spread)
-    assert before != [masker.threshold.item() for _, masker in train.threshold_maskers(model)]
+        train.start_at(model, [batch], scores, 0.01)
 
 
 def test_dense_training_changes_all_weights_and_learns(tmp_path):
@@ -680,7 +938,7 @@ def test_evaluate_other_methods_on_the_demo(tmp_path, method, r):
 
 def test_the_demo_vit_is_a_good_one():
     """90 % on all 10,000 test images (README); here a quarter of the embedded ones."""
-    model = evaluate.build_model("demo", "dense")
+    model = demo_model("dense")
     config = model.config
     val = data.subset(data.open_split(None, "val", data.eval_transform(28, config.crop_pct, config.mean, config.std)), 500)
     metrics = evaluate.measure(model, torch.utils.data.DataLoader(val, 100), torch.device("cpu"))

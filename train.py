@@ -31,7 +31,7 @@ LOG_HEADER = "step,loss,cross_entropy,r,top1"
 # How thresholds are learned: learning rates of the (prune, merge) thresholds, temperature of their gradient.
 RECIPES = {
     "paper": {"batch_size": 128, "lr": [5e-6, 5e-3], "tau": 0.1},  # SGD
-    "adaptive": {"batch_size": 32, "lr": [0.05, 0.05], "tau": 0.3},  # Adam; lr and tau in units of each threshold's spread
+    "adaptive": {"batch_size": 32, "lr": [0.02, 0.02], "tau": 0.5},  # Adam; lr and tau in units of each threshold's spread
 }
 
 
@@ -42,18 +42,18 @@ def parse_args(argv=None):
     parser.add_argument("--method", choices=[m for m in ltmp.METHODS if m not in ("tome", "topk")], default="ltmp",
                         help="ltmp: merge, then prune; ltm, ltp: one of them; ltpm: prune, then merge; "
                         "dense: neither, and train all weights (default: %(default)s)")
-    parser.add_argument("--target", type=float, default=0.75, help="FLOPs to end at, as a share of dense (default: %(default)s)")
+    parser.add_argument("--target", type=evaluate.share, default=0.75, help="FLOPs to end at, as a share of dense (default: %(default)s)")
     parser.add_argument("--epochs", type=evaluate.positive, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--recipe", choices=RECIPES, help="paper: SGD, as published; adaptive: start and end where r is the target, "
                         "with steps that suit the spread of each block's scores (default: paper; for the demo adaptive)")
     parser.add_argument("--lr", type=float, nargs=2, metavar=("PRUNE", "MERGE"), help="learning rates of the prune and merge thresholds "
-                        "(default: 5e-6 5e-3; adaptive: 0.05 0.05, in standard deviations of the scores)")
+                        "(default: 5e-6 5e-3; adaptive: 0.02 0.02, in units of the scores' interquartile range)")
     parser.add_argument("--lr-backbone", type=float, metavar="LR", help="learning rate of the weights: AdamW, 1e-4 by default, for "
                         "--method dense; beside thresholds the weights are frozen unless this is given")
-    parser.add_argument("--patch-drop", type=float, default=0.0, metavar="SHARE", help="with --method dense: leave out this share of the "
+    parser.add_argument("--patch-drop", type=evaluate.share, default=0.0, metavar="SHARE", help="with --method dense: leave out this share of the "
                         "patches, drawn anew for each image, in the first three quarters of the steps; faster (default: %(default)s)")
     parser.add_argument("--reg-weight", type=float, default=10.0, metavar="LAMBDA", help="weight of (r - target)^2 in the loss (default: %(default)s)")
-    parser.add_argument("--tau", type=float, help="temperature of the thresholds' gradient (default: 0.1; adaptive: 0.3, in standard deviations of the scores)")
+    parser.add_argument("--tau", type=float, help="temperature of the thresholds' gradient (default: 0.1; adaptive: 0.5, in units of the scores' interquartile range)")
     parser.add_argument("--limit-train", type=evaluate.positive, metavar="N", help="train on N images, evenly spread (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
@@ -170,16 +170,12 @@ def threshold_maskers(model):
 
 
 @torch.no_grad()
-def start_from_scores(model, images):
-    """Put each threshold on the mean of the scores that it meets while nothing is removed yet.
-
-    images (B, 3, S, S). Returns their standard deviation, the scale of each threshold: masker -> float.
-    """
-    mean, spread, hooks = {}, {}, []
+def scores_of(model, images):
+    """The scores that each threshold meets on images (B, 3, S, S) while nothing is removed: masker -> sorted (n,)."""
+    scores, hooks = {}, []
 
     def record(masker, inputs, output):
-        scores = inputs[0][inputs[0].isfinite()]
-        mean[masker], spread[masker] = scores.mean().item(), scores.std().item()
+        scores[masker] = inputs[0][inputs[0].isfinite()].sort().values
 
     for step, masker in threshold_maskers(model):
         masker.threshold.fill_(1.0 if step == "merge" else 0.0)
@@ -187,51 +183,73 @@ def start_from_scores(model, images):
     model.eval()(images)
     for hook in hooks:
         hook.remove()
-    for _, masker in threshold_maskers(model):
-        masker.threshold.fill_(mean[masker])
-    return spread
+    return scores
 
 
 @torch.no_grad()
-def land(model, batches, target, spread, tolerance=0.002):
-    """Move all thresholds together until r, measured by really dropping tokens, is the target.
+def measured_r(model, batches):
+    """r over batches of images (B, 3, S, S), tokens really dropped."""
+    flops = torch.cat([model_flops(model.config, model(images)[1].double()) for images in batches])  # (images,)
+    return flops.mean().item() / model_flops(model.config)
 
-    One number t moves every merge threshold by +t and every prune threshold by -t, in units of the
-    spread of the scores that it meets. More t, more tokens: t is found between two that enclose it.
-    batches: images (B, 3, S, S); spread: masker -> float. Returns r. Raises ValueError where no t gives so small an r.
+
+def solve(r_at, low, high, target, tolerance):
+    """Find t between low and high, each a pair (t, r) on its side of the target, with r_at(t) = target. Returns r.
+
+    Where a straight line between the two would meet the target, but a tenth of the way at least;
+    the last call of r_at is the one whose r is returned.
     """
+    while True:
+        share = (target - low[1]) / max(high[1] - low[1], 1e-9)
+        t = low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
+        r = r_at(t)
+        if abs(r - target) <= tolerance or high[0] - low[0] < 1e-6:
+            return r
+        low, high = ((t, r), high) if r < target else (low, (t, r))
+
+
+@torch.no_grad()
+def start_at(model, batches, scores, target, tolerance=0.01):
+    """Set thresholds so that every block merges and prunes the same share of its candidates, and r is the target.
+
+    batches: images (B, 3, S, S); scores: from scores_of. Returns r. Raises ValueError where all of them are not enough.
+    """
+    def r_at(t):  # t = -share
+        for step, masker in threshold_maskers(model):
+            rank = 1 + t if step == "merge" else -t  # the most similar merge, the least important go
+            masker.threshold.copy_(scores[masker][int(rank * (len(scores[masker]) - 1))].clamp(0, 1))
+        return measured_r(model, batches)
+
     model.eval()
-    maskers = [(step, m, m.threshold.clone()) for step, m in threshold_maskers(model)]
+    low, high = (-1.0, r_at(-1.0)), (0.0, 1.0)
+    if low[1] > target:
+        raise ValueError(f"the target {target:g} is out of reach: the lowest r is {low[1]:.3f}")
+    return solve(r_at, low, high, target, tolerance)
 
-    def r_at(t):
-        for step, masker, start in maskers:
+
+@torch.no_grad()
+def land(model, batches, spread, target, tolerance=0.002):
+    """Move all thresholds together until r is the target: merge by +t and prune by -t times the spread of its scores.
+
+    batches: images (B, 3, S, S); spread: masker -> float. Returns r.
+    """
+    start = [(step, masker, masker.threshold.clone()) for step, masker in threshold_maskers(model)]
+
+    def r_at(t):  # more t, more tokens
+        for step, masker, threshold in start:
             change = t * spread[masker]
-            masker.threshold.copy_((start + (change if step == "merge" else -change)).clamp(0, 1))
-        flops = torch.cat([model_flops(model.config, model(images)[1].double()) for images in batches])  # (images,)
-        return flops.mean().item() / model_flops(model.config)
+            masker.threshold.copy_((threshold + (change if step == "merge" else -change)).clamp(0, 1))
+        return measured_r(model, batches)
 
-    r, low, high = r_at(0.0), (-0.5, None), (0.5, None)  # (t, r) on either side of the target
-    if abs(r - target) <= tolerance:
-        return r
-    low, high = (low, (0.0, r)) if r > target else ((0.0, r), high)
-    while low[1] is None or low[1] > target:
-        low = (low[0], r_at(low[0]))
-        if low[1] > target:
-            if low[0] < -1e6:
-                raise ValueError(f"the target {target:g} is out of reach: the lowest r is {low[1]:.3f}")
-            low, high = (low[0] * 4, None), low
-    while high[1] is None or high[1] < target:
-        high = (high[0], r_at(high[0]))
-        if high[1] < target:
-            if high[0] > 1e6:
-                return high[1]  # r = 1 but for rounding
-            low, high = high, (high[0] * 4, None)
-    while high[0] - low[0] > 1e-6 and abs(r - target) > tolerance:
-        share = (target - low[1]) / max(high[1] - low[1], 1e-9)  # where a straight line would meet it
-        middle = low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
-        r = r_at(middle)
-        low, high = ((middle, r), high) if r < target else (low, (middle, r))
-    return r
+    model.eval()
+    sides, t = [(0.0, r_at(0.0))], 0.25
+    if abs(sides[0][1] - target) <= tolerance:
+        return sides[0][1]
+    sign = 1 if sides[0][1] < target else -1
+    while sign * (sides[-1][1] - target) < 0 and t < 1e6:  # go that way until the target is passed
+        sides.append((sign * t, r_at(sign * t)))
+        t *= 4
+    return solve(r_at, *sorted(sides[-2:]), target, tolerance)
 
 
 def settings(args):
@@ -274,7 +292,8 @@ def main(argv=None):
     device, name = torch.device(args.device), args.model
     try:
         train_set, val_set = (evaluate.open_split(args, split) for split in ("train", "val"))
-        model = evaluate.build_model(name, args.method, args.weights, args.tau, None, args.num_classes, args.image_size).to(device)
+        model = evaluate.build_model(name, args.method, evaluate.read_weights(name, args.weights), args.tau, None,
+                                     args.num_classes, args.image_size).to(device)
         val_loader = evaluate.make_loader(evaluate.still(val_set, model, args.limit_val), args, device, batch_size=args.batch_size)
     except ValueError as error:
         evaluate.stop(error)
@@ -289,13 +308,16 @@ def main(argv=None):
         if adaptive:
             plain = evaluate.still(evaluate.open_split(args, "train"), model, 512)  # spread over all classes
             batches = [images.to(device) for images, _ in evaluate.make_loader(plain, args, device, batch_size=64)]
-            spread = start_from_scores(model, batches[0])
-            print(f"start: r = {land(model, batches[::4], args.target, spread, 0.01):.3f}", file=sys.stderr)
+            scores = scores_of(model, batches[0])
+            print(f"start: r = {start_at(model, batches[::4], scores, args.target):.3f}", file=sys.stderr)
+            spread = {masker: (s[len(s) * 3 // 4] - s[len(s) // 4]).clamp(min=1e-6).item() for masker, s in scores.items()}
             for _, masker in threshold_maskers(model):
                 masker.tau = args.tau * spread[masker]
         learn(model, augmented, args, device, spread)
         if adaptive:
-            print(f"landing: r = {land(model, batches, args.target, spread):.3f} on {len(plain)} training images", file=sys.stderr)
+            print(f"landing: r = {land(model, batches, spread, args.target):.3f} on {len(plain)} training images", file=sys.stderr)
+            saved = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
+            save_file(args.out / "last.pt", saved | {"model": model.state_dict()})
     except ValueError as error:
         evaluate.stop(error)
     if model.method != "dense":
