@@ -125,7 +125,7 @@ def amp_dtype(device, amp):
     """bfloat16 on CUDA, float16 where the GPU lacks it, None (float32) elsewhere or with --no-amp."""
     if device.type != "cuda" or amp is False:
         return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
+    return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16
 
 
 def amp_context(device, amp):

@@ -54,7 +54,7 @@ def flops_ratio(kept, config):
     mean token counts into the formula; attention is quadratic in them, so that the paper's number is
     a little smaller whenever images keep different counts.
     """
-    return (model_flops(config, kept) / model_flops(config)).mean()
+    return (model_flops(config, torch.as_tensor(kept)) / model_flops(config)).mean()
 
 
 def main():

@@ -290,6 +290,9 @@ def main(argv=None):
     args = parse_args(argv)
     torch.manual_seed(args.seed)
     device, name = torch.device(args.device), args.model
+    if device.type == "cuda":  # sums in a fixed order: the same seed gives the same thresholds, to the bit
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         train_set, val_set = (evaluate.open_split(args, split) for split in ("train", "val"))
         model = evaluate.build_model(name, args.method, evaluate.read_weights(name, args.weights), args.tau, None,
