@@ -11,6 +11,7 @@ import gzip
 import math
 import os
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,45 +30,45 @@ EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", 
 def eval_transform(size=224, crop_pct=0.9, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
     """Resize the shorter side to floor(size / crop_pct) pixels (bicubic), crop the centre, scale, normalize.
 
-    Bit for bit what torchvision's Resize, CenterCrop, ToTensor and Normalize give on PIL images.
+    Returns a function of the image: bit for bit what torchvision's Resize, CenterCrop, ToTensor and
+    Normalize give on PIL images.
     """
-    short = math.floor(size / crop_pct)
+    return partial(_resize_and_crop, size, math.floor(size / crop_pct), mean, std)  # unlike a closure, workers can be sent it
 
-    def transform(image):
-        image = image.convert("RGB")
-        width, height = image.size
-        if width <= height:
-            resized = short, int(short * height / width)
-        else:
-            resized = int(short * width / height), short
-        image = image.resize(resized, Image.Resampling.BICUBIC)
-        left, top = (int(round((side - size) / 2)) for side in resized)
-        return to_tensor(image.crop((left, top, left + size, top + size)), mean, std)
 
-    return transform
+def _resize_and_crop(size, short, mean, std, image):
+    image = image.convert("RGB")
+    width, height = image.size
+    if width <= height:
+        resized = short, int(short * height / width)
+    else:
+        resized = int(short * width / height), short
+    image = image.resize(resized, Image.Resampling.BICUBIC)
+    left, top = (int(round((side - size) / 2)) for side in resized)
+    return to_tensor(image.crop((left, top, left + size, top + size)), mean, std)
 
 
 def train_transform(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), scale=(0.08, 1.0), jitter=0.4):
     """Random resized crop, horizontal flip, colour jitter, scale, normalize: timm's defaults.
 
     scale: area of the crop as a share of the image; jitter: brightness, contrast and saturation are
-    multiplied by a factor from 1 - jitter to 1 + jitter. The transform takes the image and a
-    random.Random to draw from.
+    multiplied by a factor from 1 - jitter to 1 + jitter. Returns a function of the image and, to
+    draw from, a random.Random.
     """
+    return partial(_crop_flip_jitter, size, mean, std, scale, jitter)
 
-    def transform(image, rng=random):
-        image = image.convert("RGB")
-        resample = rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
-        image = image.resize((size, size), resample, box=random_crop(image.size, scale, rng))
-        if rng.random() < 0.5:
-            image = ImageOps.mirror(image)
-        enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color] if jitter else []
-        rng.shuffle(enhancers)
-        for enhancer in enhancers:
-            image = enhancer(image).enhance(rng.uniform(1 - jitter, 1 + jitter))
-        return to_tensor(image, mean, std)
 
-    return transform
+def _crop_flip_jitter(size, mean, std, scale, jitter, image, rng=random):
+    image = image.convert("RGB")
+    resample = rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
+    image = image.resize((size, size), resample, box=random_crop(image.size, scale, rng))
+    if rng.random() < 0.5:
+        image = ImageOps.mirror(image)
+    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color] if jitter else []
+    rng.shuffle(enhancers)
+    for enhancer in enhancers:
+        image = enhancer(image).enhance(rng.uniform(1 - jitter, 1 + jitter))
+    return to_tensor(image, mean, std)
 
 
 def random_crop(image_size, scale, rng, ratio=(3 / 4, 4 / 3)):
@@ -198,12 +199,12 @@ def open_split(root, split, transform=None, val_fraction=None, seed=0):
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"no data folder at {root}")
-    if (root / "val").is_dir() and (root / "train").is_dir():
+    if (root / split).is_dir() and (root / "val").is_dir():
         return ImageFolder(root / split, transform)
-    if val_fraction is None:
-        lacks = " and ".join(name for name in ("train", "val") if not (root / name).is_dir())
-        raise ValueError(f"{root} lacks {lacks}: it must hold train and val, each with one folder per class; "
-                         "or split one folder with --val-fraction 0.1")
+    if (root / "val").is_dir() or val_fraction is None:
+        lacks = "train" if (root / "val").is_dir() else "val"
+        raise ValueError(f"{root} has no folder {lacks}: it must hold train and val, each with one folder per class; "
+                         "without val, --val-fraction 0.1 sets a tenth of the images aside")
     folder = ImageFolder(root / "train" if (root / "train").is_dir() else root, transform)
     chosen = []
     for label in range(len(folder.classes)):
@@ -223,6 +224,12 @@ def subset(dataset, limit):
         return dataset
     indices = [i * len(dataset) // limit for i in range(limit)]
     return torch.utils.data.Subset(dataset, indices)
+
+
+def sample(dataset, count, seed):
+    """Up to `count` items of the dataset in random order."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return torch.utils.data.Subset(dataset, order[:count].tolist())
 
 
 def epoch_batches(length, batch_size, epoch, seed):

@@ -71,6 +71,14 @@ def default_model(args):
     return args.model or ("deit_small_patch16_224" if args.data else "demo")
 
 
+def find_device(name):
+    """torch.device by name. Raises ValueError where it is not there."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"no device {name}: {str(error).splitlines()[0]}") from None
+
+
 def read_weights(name, weights):
     """The checkpoint that --weights names: a path or URL, None for the model's own; "none" gives None."""
     if weights == "none":
@@ -100,8 +108,8 @@ def open_split(args, split):
     return data.open_split(args.data, split, None, args.val_fraction, args.seed)
 
 
-def still(dataset, model, limit=None):
-    """Up to `limit` images of the dataset under the transform that belongs to the model's weights.
+def still(dataset, model):
+    """The dataset under the transform that belongs to the model's weights.
 
     Raises ValueError where the data has classes that the model does not know.
     """
@@ -111,8 +119,13 @@ def still(dataset, model, limit=None):
                          "a new head, to be trained with train.py --method dense")
     if count < config.num_classes:
         print(f"note: the data has {count} classes, the weights have {config.num_classes}: labels are taken as their first {count}", file=sys.stderr)
-    dataset.transform = data.eval_transform(config.image_size, config.crop_pct, config.mean, config.std)
-    return data.subset(dataset, limit)
+    dataset.transform = clean_transform(config)
+    return dataset
+
+
+def clean_transform(config):
+    """data.eval_transform as the weights of a ViTConfig want it."""
+    return data.eval_transform(config.image_size, config.crop_pct, config.mean, config.std)
 
 
 def dense_twin(model):
@@ -200,8 +213,9 @@ def measure(model, loader, device, amp=None, name="evaluate"):
             logits, kept = model(images)  # (B, classes), (depth, B)
         best = logits.float().topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
         hits += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
-        kept_sum += kept.double().sum(1).cpu()
-        ratio_sum += flops_ratio(kept.double(), model.config).item() * len(images)
+        kept = kept.cpu().double()
+        kept_sum += kept.sum(1)
+        ratio_sum += flops_ratio(kept, model.config).item() * len(images)
         images_seen += len(images)
         progress.show(f"{name}: {images_seen} images, top-1 {100 * hits[0] / images_seen:.2f} %", step, batches)
     top1, top5 = (100 * hits / images_seen).tolist()
@@ -219,11 +233,11 @@ def measure_both(model, loader, device, amp=None):
 
 def report(metrics, name, method):
     """The five lines that say what came out."""
-    kept = metrics["kept"]
+    kept, target = metrics["kept"], f" (target {metrics['target']:g})" if "target" in metrics else ""
     return (f"{name}, {method}, {metrics['images']} validation images\n"
             f"  dense    top-1 {metrics['dense_top1']:6.2f} %   top-5 {metrics['dense_top5']:6.2f} %   {metrics['dense_gflops']:.3g} GFLOPs per image\n"
             f"  reduced  top-1 {metrics['top1']:6.2f} %   top-5 {metrics['top5']:6.2f} %   {metrics['gflops']:.3g} GFLOPs per image\n"
-            f"  r = {metrics['flops_ratio']:.3f}: {100 - 100 * metrics['flops_ratio']:.1f} % fewer FLOPs, top-1 changes by {metrics['top1'] - metrics['dense_top1']:+.2f} points\n"
+            f"  r = {metrics['flops_ratio']:.3f}{target}: {100 - 100 * metrics['flops_ratio']:.1f} % fewer FLOPs, top-1 changes by {metrics['top1'] - metrics['dense_top1']:+.2f} points\n"
             f"  tokens after each block: {' '.join(f'{tokens:.0f}' for tokens in kept)}")
 
 
@@ -234,7 +248,7 @@ def chosen_model(args):
     """The model that the flags ask for, with weights and thresholds, and its name."""
     name = default_model(args)
     state = read_weights(name, args.weights)
-    build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)
+    build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)  # and the method
     if args.method in ("dense", "tome", "topk"):
         return build(args.method, r=args.r[0] if args.r and len(args.r) == 1 else args.r), name
     inside = [step for step in ("merge", "prune") if state and f"blocks.0.{step}_masker.threshold" in state]
@@ -243,7 +257,10 @@ def chosen_model(args):
     if not args.thresholds and name != "demo":
         raise ValueError("--thresholds FILE is needed: the thresholds.json that train.py wrote")
     found = ltmp.read_thresholds(args.thresholds or DEMO_THRESHOLDS)
-    return ltmp.load_thresholds(build(args.method or found["method"]), found), name
+    image_size = args.image_size or found.get("image_size")
+    if found.get("model", name) != name:
+        raise ValueError(f"the thresholds were learned for {found['model']}, the model is {name}: pass --model {found['model']}")
+    return ltmp.load_thresholds(build(args.method or found["method"], image_size=image_size), found), name
 
 
 def main(argv=None):
@@ -254,16 +271,17 @@ def main(argv=None):
     parser.add_argument("--r", type=int, nargs="+", metavar="N", help="tokens that tome or topk removes per block: one number, or one per block")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there")
     args = parser.parse_args(argv)
-    device = torch.device(args.device)
     try:
+        device = find_device(args.device)
         val_set = open_split(args, "val")
         model, name = chosen_model(args)
-        loader = make_loader(still(val_set, model, args.limit_val), args, device, batch_size=args.batch_size or 128)
+        loader = make_loader(data.subset(still(val_set, model), args.limit_val), args, device, batch_size=args.batch_size or 128)
     except ValueError as error:
         stop(error)
     metrics = {"model": name, "method": model.method} | measure_both(model.to(device), loader, device, args.amp)
     print(report(metrics, name, model.method))
     if args.json:
+        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         write_file(args.json, json.dumps(metrics, indent=1))
 
 

@@ -64,7 +64,8 @@ def parse_args(argv=None):
     args.recipe = args.recipe or ("adaptive" if args.model == "demo" else "paper")
     args.batch_size = args.batch_size or RECIPES[args.recipe]["batch_size"]
     args.lr = args.lr or RECIPES[args.recipe]["lr"]
-    args.tau = args.tau or RECIPES[args.recipe]["tau"]
+    args.tau = RECIPES[args.recipe]["tau"] if args.tau is None else args.tau
+    args.lr_backbone = 1e-4 if args.lr_backbone is None and args.method == "dense" else args.lr_backbone
     return args
 
 
@@ -74,7 +75,8 @@ def make_optimizer(model, args, total_steps, spread):
     if model.method == "dense":
         decay = [p for p in model.parameters() if p.dim() > 1]
         rest = [p for p in model.parameters() if p.dim() <= 1]
-        optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}], lr=args.lr_backbone or 1e-4, betas=(0.9, 0.99), weight_decay=0.05)
+        optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}],
+                                      lr=args.lr_backbone, betas=(0.9, 0.99), weight_decay=0.05)
         warmup = max(1, total_steps // 20)
         shape = lambda step: min((step + 1) / warmup, cosine(step))
     else:
@@ -137,6 +139,9 @@ def learn(model, train_set, args, device, spread):
             ratio = flops_ratio(kept, model.config)
             cross_entropy = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
             loss = cross_entropy + (args.reg_weight * (ratio - args.target) ** 2 if thresholds else 0)
+            if not math.isfinite(loss.item()):
+                save()
+                evaluate.stop(f"the loss is {loss.item()} at step {step + 1}; last.pt holds the state before it", 1)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
@@ -189,7 +194,7 @@ def scores_of(model, images):
 @torch.no_grad()
 def measured_r(model, batches):
     """r over batches of images (B, 3, S, S), tokens really dropped."""
-    flops = torch.cat([model_flops(model.config, model(images)[1].double()) for images in batches])  # (images,)
+    flops = torch.cat([model_flops(model.config, model(images)[1].cpu().double()) for images in batches])  # (images,)
     return flops.mean().item() / model_flops(model.config)
 
 
@@ -281,7 +286,7 @@ def result(model, name, args, images):
     found = {f"{step}_thresholds": [round(getattr(block, f"{step}_masker").threshold.item(), 9) for block in model.blocks]
              for step in ("merge", "prune") if step in ltmp.METHODS[model.method]}
     return {"model": name, "method": model.method, "target": args.target} | found | {
-        "data": args.data or "embedded Fashion-MNIST", "weights": args.weights or "the model's own", "images": images,
+        "data": args.data or "embedded Fashion-MNIST", "weights": args.weights or "the model's own", "images": images, "image_size": model.config.image_size,
         "epochs": args.epochs, "batch_size": args.batch_size, "recipe": args.recipe, "lr": args.lr, "reg_weight": args.reg_weight,
         "tau": args.tau, "seed": args.seed, "version": ltmp.__version__}
 
@@ -289,15 +294,19 @@ def result(model, name, args, images):
 def main(argv=None):
     args = parse_args(argv)
     torch.manual_seed(args.seed)
-    device, name = torch.device(args.device), args.model
-    if device.type == "cuda":  # sums in a fixed order: the same seed gives the same thresholds, to the bit
+    if args.device.startswith("cuda"):  # sums in a fixed order: the same seed gives the same thresholds, to the bit
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+    name = args.model
     try:
+        device = evaluate.find_device(args.device)
         train_set, val_set = (evaluate.open_split(args, split) for split in ("train", "val"))
+        if train_set.classes != val_set.classes:
+            odd = sorted(set(train_set.classes) ^ set(val_set.classes))
+            raise ValueError(f"train and val have different classes: {', '.join(odd[:5])} in one alone")
         model = evaluate.build_model(name, args.method, evaluate.read_weights(name, args.weights), args.tau, None,
                                      args.num_classes, args.image_size).to(device)
-        val_loader = evaluate.make_loader(evaluate.still(val_set, model, args.limit_val), args, device, batch_size=args.batch_size)
+        val_set = data.subset(evaluate.still(val_set, model), args.limit_val)
     except ValueError as error:
         evaluate.stop(error)
     config = model.config
@@ -309,23 +318,29 @@ def main(argv=None):
     try:
         spread, adaptive = {}, args.recipe == "adaptive" and model.method != "dense"
         if adaptive:
-            plain = evaluate.still(evaluate.open_split(args, "train"), model, 512)  # spread over all classes
+            plain = evaluate.open_split(args, "train")
+            plain.transform = evaluate.clean_transform(config)
+            plain = data.sample(plain, 512, args.seed)
             batches = [images.to(device) for images, _ in evaluate.make_loader(plain, args, device, batch_size=64)]
-            scores = scores_of(model, batches[0])
-            print(f"start: r = {start_at(model, batches[::4], scores, args.target):.3f}", file=sys.stderr)
+            with evaluate.amp_context(device, args.amp):
+                scores = scores_of(model, batches[0])
+                print(f"start: r = {start_at(model, batches[:2], scores, args.target):.3f}", file=sys.stderr)
             spread = {masker: (s[len(s) * 3 // 4] - s[len(s) // 4]).clamp(min=1e-6).item() for masker, s in scores.items()}
             for _, masker in threshold_maskers(model):
                 masker.tau = args.tau * spread[masker]
         learn(model, augmented, args, device, spread)
         if adaptive:
-            print(f"landing: r = {land(model, batches, spread, args.target):.3f} on {len(plain)} training images", file=sys.stderr)
+            with evaluate.amp_context(device, args.amp):
+                print(f"landing: r = {land(model, batches, spread, args.target):.3f} on {len(plain)} training images", file=sys.stderr)
             saved = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
             save_file(args.out / "last.pt", saved | {"model": model.state_dict()})
     except ValueError as error:
         evaluate.stop(error)
     if model.method != "dense":
         evaluate.write_file(args.out / "thresholds.json", json.dumps(result(model, name, args, len(augmented)), indent=1))
-    metrics = {"model": name, "method": model.method, "target": args.target} | evaluate.measure_both(model, val_loader, device, args.amp)
+    goal = {} if model.method == "dense" else {"target": args.target}
+    metrics = {"model": name, "method": model.method} | goal | evaluate.measure_both(
+        model, evaluate.make_loader(val_set, args, device, batch_size=args.batch_size), device, args.amp)
     evaluate.write_file(args.out / "metrics.json", json.dumps(metrics, indent=1))
     print(evaluate.report(metrics, name, model.method))
 
