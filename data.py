@@ -139,7 +139,7 @@ class ImageFolder(torch.utils.data.Dataset):
 class FashionMNIST(torch.utils.data.Dataset):
     """Fashion-MNIST in memory, as RGB images of 28 x 28 pixels.
 
-    source: the embedded file (4,000 training and 2,000 test images, balanced), or a folder with the
+    source: the embedded file (3,000 training and 2,000 test images, balanced), or a folder with the
     four original *-ubyte.gz files (60,000 and 10,000). split: "train" or "test".
     """
 
@@ -247,7 +247,7 @@ def main():
     parser.add_argument("--out", type=Path, default=DEMO_FILE, help="file to write (default: %(default)s)")
     args = parser.parse_args()
     arrays = {}
-    for split, per_class in (("train", 400), ("test", 200)):  # the first of each class, in their order
+    for split, per_class in (("train", 300), ("test", 200)):  # the first of each class, in their order
         full = FashionMNIST(args.folder, split)
         chosen = np.sort(np.concatenate([np.flatnonzero(full.labels == c)[:per_class] for c in range(10)]))
         arrays |= {f"{split}_images": full.images[chosen], f"{split}_labels": full.labels[chosen]}

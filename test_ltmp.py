@@ -82,11 +82,13 @@ def set_thresholds(model, merge, prune):
                 torch.nn.init.constant_(getattr(block, f"{step}_masker").threshold, value)
 
 
-def spread_weights(model, seed, sharpness=3.0):
-    """Random weights whose attention is far from uniform, so that scores differ between tokens."""
+def spread_weights(model, seed, sharpness=1.5):
+    """Random weights whose attention is far from uniform, so that scores differ between tokens, and no more: rounding grows with it."""
     generator = torch.Generator().manual_seed(seed)
     for name, p in model.named_parameters():
-        if "threshold" not in name and p.dim() > 1:
+        if name.endswith("bias"):
+            p.data = 0.1 * torch.randn(p.shape, generator=generator)
+        elif "threshold" not in name and p.dim() > 1:
             p.data = torch.randn(p.shape, generator=generator) * (sharpness if "qkv" in name else 1) * p[0].numel() ** -0.5
 
 
@@ -104,11 +106,11 @@ def assert_one_function(model, images):
     (logits, kept), *others = all_executions(model, images)
     assert torch.isfinite(logits).all()
     for other_logits, other_kept in others:
-        torch.testing.assert_close(other_logits, logits, rtol=1e-4, atol=1e-5 * logits.abs().max().item())
+        torch.testing.assert_close(other_logits, logits, rtol=0, atol=1e-4 * logits.abs().max().item())
         assert torch.equal(other_kept, kept)
     model.train()
     train_logits, train_kept = model(images)
-    torch.testing.assert_close(train_logits, logits, rtol=1e-4, atol=1e-5 * logits.abs().max().item())
+    torch.testing.assert_close(train_logits, logits, rtol=0, atol=1e-4 * logits.abs().max().item())
     assert torch.equal(train_kept, kept)
     (F.cross_entropy(train_logits, torch.zeros(len(images), dtype=torch.long))
      + flops.flops_ratio(train_kept, model.config)).backward()
@@ -885,7 +887,7 @@ def test_same_seed_same_thresholds_and_interrupted_runs_end_the_same(tmp_path, m
 
 @pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
 def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
-    train.main(SMALL[:2] + ["--limit-val", "200", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
+    train.main(["--limit-train", "160", "--limit-val", "200", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
     metrics, found = read(tmp_path / "metrics.json"), read(tmp_path / "thresholds.json")
     assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.03)  # 200 images; on all of them it is closer
     assert {key for key in found if key.endswith("_thresholds")} == {f"{step}_thresholds" for step in METHODS[method]}
@@ -895,24 +897,26 @@ def test_landing_is_exact_and_refuses_what_cannot_be():
     model = demo_model("ltmp")
     images = data.subset(data.open_split(None, "train", data.eval_transform(28, 1.0, model.config.mean, model.config.std)), 16)
     batch = torch.stack([images[i][0] for i in range(16)])
-    scores = train.scores_of(model, batch)
-    spread = {masker: (s[-1] - s[0]).item() for masker, s in scores.items()}
+    scores, maskers = train.scores_of(model, batch), train.threshold_maskers(model)
 
-    def measured():
+    def land(ranks, target):
+        r = train.land(model, [batch], scores, ranks, target)
         with torch.inference_mode():
-            return flops.flops_ratio(model.eval()(batch)[1].double(), model.config).item()
+            assert flops.flops_ratio(model.eval()(batch)[1].double(), model.config).item() == pytest.approx(r, abs=1e-6)
+        return r
 
-    for target in (0.3, 0.5, 0.9, 1.0):
-        r = train.start_at(model, [batch], scores, target)
-        assert measured() == pytest.approx(target, abs=0.011) and r == pytest.approx(measured(), abs=1e-6)
-        shares = [(masker(s[None], None).mean().item(), step) for step, masker in train.threshold_maskers(model) for s in [scores[masker]]]
-        removed = [share if step == "merge" else 1 - share for share, step in shares]
-        assert max(removed) - min(removed) < 0.01  # the same share everywhere, of the scores that it was drawn from
+    for target in (1.0, 0.9, 0.5, 0.3):
+        ranks = [torch.zeros(1) for _ in maskers]
+        assert land(ranks, target) == pytest.approx(target, abs=0.003)
+        assert len({rank.item() for rank in ranks}) == 1  # every block removes the same share ...
+        for (step, masker), rank in zip(maskers, ranks):  # ... of the scores that it met
+            chosen = masker(scores[masker][None], None).mean().item()
+            assert (chosen if step == "merge" else 1 - chosen) == pytest.approx(rank.item(), abs=2 / len(scores[masker]))
+        ranks[3] += 0.2
         for other in (0.3, 0.6, 0.95):
-            r = train.land(model, [batch], spread, other)
-            assert measured() == pytest.approx(other, abs=0.003) and r == pytest.approx(measured(), abs=1e-6)
+            assert land(ranks, other) == pytest.approx(other, abs=0.003)
     with pytest.raises(ValueError, match="out of reach: the lowest r is 0.0"):
-        train.start_at(model, [batch], scores, 0.01)
+        land([torch.zeros(1) for _ in maskers], 0.01)
 
 
 def test_dense_training_changes_all_weights_and_learns(tmp_path):
@@ -937,7 +941,7 @@ def test_evaluate_other_methods_on_the_demo(tmp_path, method, r):
 
 
 def test_the_demo_vit_is_a_good_one():
-    """90 % on all 10,000 test images (README); here a quarter of the embedded ones."""
+    """88.35 % on all 10,000 test images, 90.10 % on the embedded 2,000 (README); here 500 of those."""
     model = demo_model("dense")
     config = model.config
     val = data.subset(data.open_split(None, "val", data.eval_transform(28, config.crop_pct, config.mean, config.std)), 500)

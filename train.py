@@ -26,12 +26,12 @@ import ltmp
 from flops import flops_ratio, model_flops
 
 LOG_HEADER = "step,loss,cross_entropy,r,top1"
-
+LOWEST_RANK = 0.002  # while learning: a merge threshold above all similarities has no gradient, and would stay there
 
 # How thresholds are learned: learning rates of the (prune, merge) thresholds, temperature of their gradient.
 RECIPES = {
     "paper": {"batch_size": 128, "lr": [5e-6, 5e-3], "tau": 0.1},  # SGD
-    "adaptive": {"batch_size": 32, "lr": [0.02, 0.02], "tau": 0.5},  # Adam; lr and tau in units of each threshold's spread
+    "adaptive": {"batch_size": 32, "lr": [0.001, 0.001], "tau": 0.5},  # Adam on ranks (see set_ranks); tau in interquartile ranges
 }
 
 
@@ -45,9 +45,9 @@ def parse_args(argv=None):
     parser.add_argument("--target", type=evaluate.share, default=0.75, help="FLOPs to end at, as a share of dense (default: %(default)s)")
     parser.add_argument("--epochs", type=evaluate.positive, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--recipe", choices=RECIPES, help="paper: SGD, as published; adaptive: start and end where r is the target, "
-                        "with steps that suit the spread of each block's scores (default: paper; for the demo adaptive)")
+                        "steps in shares of the tokens that a threshold removes (default: paper; for the demo adaptive)")
     parser.add_argument("--lr", type=float, nargs=2, metavar=("PRUNE", "MERGE"), help="learning rates of the prune and merge thresholds "
-                        "(default: 5e-6 5e-3; adaptive: 0.02 0.02, in units of the scores' interquartile range)")
+                        "(default: 5e-6 5e-3; adaptive: 1e-3 1e-3, in shares of the tokens that it may remove)")
     parser.add_argument("--lr-backbone", type=float, metavar="LR", help="learning rate of the weights: AdamW, 1e-4 by default, for "
                         "--method dense; beside thresholds the weights are frozen unless this is given")
     parser.add_argument("--patch-drop", type=evaluate.share, default=0.0, metavar="SHARE", help="with --method dense: leave out this share of the "
@@ -69,8 +69,8 @@ def parse_args(argv=None):
     return args
 
 
-def make_optimizer(model, args, total_steps, spread):
-    """What trains and how: thresholds by SGD without momentum (paper) or Adam (adaptive), all weights, if dense, by AdamW."""
+def make_optimizer(model, args, total_steps, ranks):
+    """What trains and how: thresholds by SGD without momentum (paper), their ranks by Adam (adaptive), all weights, if dense, by AdamW."""
     cosine = lambda step: (1 + math.cos(math.pi * step / total_steps)) / 2
     if model.method == "dense":
         decay = [p for p in model.parameters() if p.dim() > 1]
@@ -81,11 +81,13 @@ def make_optimizer(model, args, total_steps, spread):
         shape = lambda step: min((step + 1) / warmup, cosine(step))
     else:
         model.requires_grad_(args.lr_backbone is not None)
-        lr = dict(zip(("prune", "merge"), args.lr))
-        groups = [{"params": [m.threshold.requires_grad_()], "lr": lr[step] * spread.get(m, 1.0)} for step, m in threshold_maskers(model)]
+        lr, groups = dict(zip(("prune", "merge"), args.lr)), []
+        for i, (step, masker) in enumerate(threshold_maskers(model)):
+            masker.threshold.requires_grad_()
+            groups.append({"params": [masker.threshold if ranks is None else ranks[i]], "lr": lr[step]})
         if args.lr_backbone is not None:
             groups.append({"params": [p for name, p in model.named_parameters() if not name.endswith("_masker.threshold")], "lr": args.lr_backbone})
-        if args.recipe == "paper":
+        if ranks is None:
             optimizer, shape = torch.optim.SGD(groups), lambda step: 1.0
         else:
             optimizer, shape = torch.optim.Adam(groups, betas=(0.9, 0.99)), cosine
@@ -101,12 +103,15 @@ def drop_patches(share, block, inputs):
     return x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2])), size.gather(1, order), *rest
 
 
-def learn(model, train_set, args, device, spread):
-    """Train for --epochs over train_set what make_optimizer chose. Writes log.csv and last.pt every minute and at the end."""
+def learn(model, train_set, args, device, scores=None, ranks=None):
+    """Train for --epochs over train_set what make_optimizer chose. Writes log.csv and last.pt every minute and at the end.
+
+    scores, ranks: as for set_ranks; if given, the ranks are what learns. They are changed in place.
+    """
     batches_per_epoch = math.ceil(len(train_set) / args.batch_size)
     total_steps = args.epochs * batches_per_epoch
-    optimizer, schedule = make_optimizer(model, args, total_steps, spread)
-    thresholds = [masker.threshold for _, masker in threshold_maskers(model)]
+    optimizer, schedule = make_optimizer(model, args, total_steps, ranks)
+    thresholds = threshold_maskers(model)
     scaler = torch.amp.GradScaler(device.type, enabled=evaluate.amp_dtype(device, args.amp) == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     step, log = 0, [LOG_HEADER]
@@ -115,11 +120,13 @@ def learn(model, train_set, args, device, spread):
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         step, log = saved["step"], saved["log"]
+        for rank, value in zip(ranks or [], saved["ranks"]):
+            rank.fill_(value)
     hook = model.blocks[0].register_forward_pre_hook(partial(drop_patches, args.patch_drop)) if args.patch_drop else None
 
     def save():
         save_file(args.out / "last.pt", {name: part.state_dict() for name, part in parts.items()}
-                  | {"step": step, "log": log, "settings": settings(args)})
+                  | {"step": step, "log": log, "ranks": [rank.item() for rank in ranks or []], "settings": settings(args)})
         evaluate.write_file(args.out / "log.csv", "\n".join(log) + "\n")
 
     interrupted = []  # Ctrl-C ends the step that runs, saves, and stops; a second one stops at once
@@ -145,14 +152,21 @@ def learn(model, train_set, args, device, spread):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
+            for rank, (kind, masker) in zip(ranks or [], thresholds):  # a higher rank: less similar ones merge, more important ones go
+                rank.grad = -masker.threshold.grad if kind == "merge" else masker.threshold.grad.clone()
+                masker.threshold.grad = None
             if not thresholds:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
             scaler.update()
             schedule.step()
-            with torch.no_grad():
-                for threshold in thresholds:
-                    threshold.clamp_(0, 1)
+            if ranks:
+                for rank in ranks:
+                    rank.clamp_(LOWEST_RANK, 1)
+                set_ranks(model, scores, ranks)
+            else:
+                for _, masker in thresholds:
+                    masker.threshold.data.clamp_(0, 1)
             step += 1
 
             loss, r, top1 = loss.item(), ratio.item(), 100 * (logits.argmax(1) == labels).float().mean().item()
@@ -198,63 +212,55 @@ def measured_r(model, batches):
     return flops.mean().item() / model_flops(model.config)
 
 
-def solve(r_at, low, high, target, tolerance):
-    """Find t between low and high, each a pair (t, r) on its side of the target, with r_at(t) = target. Returns r.
+def set_ranks(model, scores, ranks):
+    """Put each threshold where it removes a share of the scores that it meets: its rank, from 0 (off) to 1 (all).
 
-    Where a straight line between the two would meet the target, but a tenth of the way at least;
-    the last call of r_at is the one whose r is returned.
+    Ranks know no scale: a step of 0.001 is one token in a thousand, for importances of 1/197 as for
+    similarities of 0.99. scores: from scores_of; ranks: a tensor (1,) for each of threshold_maskers.
     """
-    while True:
+    for (step, masker), rank in zip(threshold_maskers(model), ranks):
+        found, rank = scores[masker], min(rank.item(), 1.0)
+        place = (1 - rank if step == "merge" else rank) * (len(found) - 1)  # the most similar merge, the least important go
+        value = torch.lerp(found[math.floor(place)], found[math.ceil(place)], place % 1) if rank > 0 else float(step == "merge")
+        masker.threshold.data.fill_(value).clamp_(0, 1)
+
+
+@torch.no_grad()
+def land(model, batches, scores, ranks, target, tolerance=0.002):
+    """Lower or raise all ranks by the same amount until r, tokens really dropped, is the target. Returns r.
+
+    batches: images (B, 3, S, S); scores, ranks: as for set_ranks; the ranks are changed in place.
+    Raises ValueError where even removing all that may go leaves a larger r.
+    """
+    start = [rank.clone() for rank in ranks]
+
+    def r_at(t):  # more t, more tokens
+        for rank, before in zip(ranks, start):
+            rank.copy_((before - t).clamp(0, 1))
+        set_ranks(model, scores, ranks)
+        return measured_r(model, batches)
+
+    model.eval()
+    last, t = (0.0, r_at(0.0)), 0.02
+    sign = 1 if last[1] < target else -1
+    while abs(last[1] - target) > tolerance:  # step by step until the target is passed
+        here = (sign * t, r_at(sign * t))
+        if sign * (here[1] - target) >= 0:
+            low, high = sorted([last, here])
+            break
+        if t > 1:
+            raise ValueError(f"the target {target:g} is out of reach: the lowest r is {here[1]:.3f}")
+        last, t = here, 3 * t
+    else:
+        return last[1]
+    while high[0] - low[0] > 1e-6:  # between two that enclose it: where a straight line meets it, but a tenth of the way at least
         share = (target - low[1]) / max(high[1] - low[1], 1e-9)
         t = low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
         r = r_at(t)
-        if abs(r - target) <= tolerance or high[0] - low[0] < 1e-6:
-            return r
+        if abs(r - target) <= tolerance:
+            break
         low, high = ((t, r), high) if r < target else (low, (t, r))
-
-
-@torch.no_grad()
-def start_at(model, batches, scores, target, tolerance=0.01):
-    """Set thresholds so that every block merges and prunes the same share of its candidates, and r is the target.
-
-    batches: images (B, 3, S, S); scores: from scores_of. Returns r. Raises ValueError where all of them are not enough.
-    """
-    def r_at(t):  # t = -share
-        for step, masker in threshold_maskers(model):
-            rank = 1 + t if step == "merge" else -t  # the most similar merge, the least important go
-            masker.threshold.copy_(scores[masker][int(rank * (len(scores[masker]) - 1))].clamp(0, 1))
-        return measured_r(model, batches)
-
-    model.eval()
-    low, high = (-1.0, r_at(-1.0)), (0.0, 1.0)
-    if low[1] > target:
-        raise ValueError(f"the target {target:g} is out of reach: the lowest r is {low[1]:.3f}")
-    return solve(r_at, low, high, target, tolerance)
-
-
-@torch.no_grad()
-def land(model, batches, spread, target, tolerance=0.002):
-    """Move all thresholds together until r is the target: merge by +t and prune by -t times the spread of its scores.
-
-    batches: images (B, 3, S, S); spread: masker -> float. Returns r.
-    """
-    start = [(step, masker, masker.threshold.clone()) for step, masker in threshold_maskers(model)]
-
-    def r_at(t):  # more t, more tokens
-        for step, masker, threshold in start:
-            change = t * spread[masker]
-            masker.threshold.copy_((threshold + (change if step == "merge" else -change)).clamp(0, 1))
-        return measured_r(model, batches)
-
-    model.eval()
-    sides, t = [(0.0, r_at(0.0))], 0.25
-    if abs(sides[0][1] - target) <= tolerance:
-        return sides[0][1]
-    sign = 1 if sides[0][1] < target else -1
-    while sign * (sides[-1][1] - target) < 0 and t < 1e6:  # go that way until the target is passed
-        sides.append((sign * t, r_at(sign * t)))
-        t *= 4
-    return solve(r_at, *sorted(sides[-2:]), target, tolerance)
+    return r
 
 
 def settings(args):
@@ -316,24 +322,24 @@ def main(argv=None):
     augmented = data.Augmented(data.subset(train_set, args.limit_train), transform, args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
     try:
-        spread, adaptive = {}, args.recipe == "adaptive" and model.method != "dense"
-        if adaptive:
+        if args.recipe == "paper" or model.method == "dense":
+            learn(model, augmented, args, device)
+        else:
             plain = evaluate.open_split(args, "train")
             plain.transform = evaluate.clean_transform(config)
-            plain = data.sample(plain, 512, args.seed)
+            plain = data.sample(plain, min(512, len(augmented)), args.seed)
             batches = [images.to(device) for images, _ in evaluate.make_loader(plain, args, device, batch_size=64)]
             with evaluate.amp_context(device, args.amp):
                 scores = scores_of(model, batches[0])
-                print(f"start: r = {start_at(model, batches[:2], scores, args.target):.3f}", file=sys.stderr)
-            spread = {masker: (s[len(s) * 3 // 4] - s[len(s) // 4]).clamp(min=1e-6).item() for masker, s in scores.items()}
-            for _, masker in threshold_maskers(model):
-                masker.tau = args.tau * spread[masker]
-        learn(model, augmented, args, device, spread)
-        if adaptive:
+                ranks = [torch.zeros(1) for _ in threshold_maskers(model)]
+                print(f"start: r = {land(model, batches[:2], scores, ranks, args.target, 0.01):.3f}", file=sys.stderr)
+            for masker, found in scores.items():
+                masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
+            learn(model, augmented, args, device, scores, ranks)
             with evaluate.amp_context(device, args.amp):
-                print(f"landing: r = {land(model, batches, spread, args.target):.3f} on {len(plain)} training images", file=sys.stderr)
+                print(f"landing: r = {land(model, batches, scores, ranks, args.target):.3f} on {len(plain)} training images", file=sys.stderr)
             saved = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
-            save_file(args.out / "last.pt", saved | {"model": model.state_dict()})
+            save_file(args.out / "last.pt", saved | {"model": model.state_dict(), "ranks": [rank.item() for rank in ranks]})
     except ValueError as error:
         evaluate.stop(error)
     if model.method != "dense":
