@@ -242,6 +242,7 @@ def epoch_batches(length, batch_size, epoch, seed):
 
 
 def main():
+    """The command line: make the embedded data."""
     parser = argparse.ArgumentParser(description="Make the embedded data: a balanced part of Fashion-MNIST.")
     parser.add_argument("folder", help="folder with Fashion-MNIST's four *-ubyte.gz files")
     parser.add_argument("--out", type=Path, default=DEMO_FILE, help="file to write (default: %(default)s)")

@@ -264,6 +264,7 @@ def chosen_model(args):
 
 
 def main(argv=None):
+    """The command line: evaluate, print, write the metrics."""
     parser = argparse.ArgumentParser(description="Evaluate a ViT, dense and with its tokens reduced. Without arguments: the demo.")
     add_common_arguments(parser)
     parser.add_argument("--method", choices=ltmp.METHODS, help="default: that of the thresholds")

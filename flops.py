@@ -58,6 +58,7 @@ def flops_ratio(kept, config):
 
 
 def main():
+    """The command line: a table of one model."""
     from ltmp import VARIANTS
 
     parser = argparse.ArgumentParser(description="FLOPs (multiply-adds) per image, layer by layer.")

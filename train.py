@@ -36,6 +36,7 @@ RECIPES = {
 
 
 def parse_args(argv=None):
+    """The flags, with the recipe's and the model's defaults filled in."""
     parser = argparse.ArgumentParser(description="Learn the merge and prune thresholds of a ViT so that its FLOPs meet a target. "
                                      "Without --data: a demo on embedded Fashion-MNIST.")
     evaluate.add_common_arguments(parser)
@@ -298,6 +299,7 @@ def result(model, name, args, images):
 
 
 def main(argv=None):
+    """The command line: learn, evaluate, write the results."""
     args = parse_args(argv)
     torch.manual_seed(args.seed)
     if args.device.startswith("cuda"):  # sums in a fixed order: the same seed gives the same thresholds, to the bit
