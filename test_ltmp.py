@@ -106,11 +106,11 @@ def assert_one_function(model, images):
     (logits, kept), *others = all_executions(model, images)
     assert torch.isfinite(logits).all()
     for other_logits, other_kept in others:
-        torch.testing.assert_close(other_logits, logits, rtol=0, atol=1e-4 * logits.abs().max().item())
+        torch.testing.assert_close(other_logits, logits, rtol=1e-4, atol=1e-5 * logits.abs().max().item())
         assert torch.equal(other_kept, kept)
     model.train()
     train_logits, train_kept = model(images)
-    torch.testing.assert_close(train_logits, logits, rtol=0, atol=1e-4 * logits.abs().max().item())
+    torch.testing.assert_close(train_logits, logits, rtol=1e-4, atol=1e-5 * logits.abs().max().item())
     assert torch.equal(train_kept, kept)
     (F.cross_entropy(train_logits, torch.zeros(len(images), dtype=torch.long))
      + flops.flops_ratio(train_kept, model.config)).backward()

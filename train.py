@@ -152,10 +152,10 @@ def learn(model, train_set, args, device, scores=None, ranks=None):
                 evaluate.stop(f"the loss is {loss.item()} at step {step + 1}; last.pt holds the state before it", 1)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
             for rank, (kind, masker) in zip(ranks or [], thresholds):  # a higher rank: less similar ones merge, more important ones go
                 rank.grad = -masker.threshold.grad if kind == "merge" else masker.threshold.grad.clone()
                 masker.threshold.grad = None
+            scaler.unscale_(optimizer)
             if not thresholds:
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             scaler.step(optimizer)
@@ -333,7 +333,7 @@ def main(argv=None):
             batches = [images.to(device) for images, _ in evaluate.make_loader(plain, args, device, batch_size=64)]
             with evaluate.amp_context(device, args.amp):
                 scores = scores_of(model, batches[0])
-                ranks = [torch.zeros(1) for _ in threshold_maskers(model)]
+                ranks = [torch.zeros(1, device=device) for _ in threshold_maskers(model)]
                 print(f"start: r = {land(model, batches[:2], scores, ranks, args.target, 0.01):.3f}", file=sys.stderr)
             for masker, found in scores.items():
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
