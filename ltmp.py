@@ -369,10 +369,16 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * config.mlp_ratio))
         self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
 
-    def forward(self, x, size, mask, drop):
-        """x (B, N, C), size, mask (B, N) -> the same with live tokens first; fewer of them if drop."""
+    def forward(self, x, size, mask, drop, patches=None):
+        """x (B, N, C), size, mask (B, N) -> the same with live tokens first; fewer of them if drop.
+
+        patches (B, N, P): above 0 where the token holds the patch; only if somebody asks. They travel
+        as further channels of x, so that what becomes of a token becomes of its patches.
+        """
         out, key, importance = self.attn(self.norm1(x), size, mask)
         x = x + self.ls1(out)
+        if patches is not None:
+            x = torch.cat([x, patches.to(x.dtype)], 2)  # (B, N, C + P)
         for step in self.steps:
             if step == "merge":
                 x, size, mask, importance = merge(x, key, size, mask, importance, self.merge_masker)
@@ -380,7 +386,9 @@ class Block(nn.Module):
                 mask = prune(mask, importance, self.prune_masker)
             if step == "prune" or step == self.steps[-1]:  # merge and attention need it; the prune of ltmp does not
                 mask, (x, size, importance, key) = live_first(mask, (x, size, importance, key), drop)
-        return x + self.ls2(self.mlp(self.norm2(x))), size, mask
+        if patches is not None:
+            x, patches = x.split([out.shape[2], patches.shape[2]], 2)
+        return x + self.ls2(self.mlp(self.norm2(x))), size, mask, patches
 
 
 class LTMPViT(nn.Module):
@@ -411,12 +419,14 @@ class LTMPViT(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, images, drop=None):
+    def forward(self, images, drop=None, trace=False):
         """images (B, 3, S, S), normalized -> logits (B, num_classes), kept (depth, B).
 
         kept: live tokens after each block, the class token included; differentiable in training.
         drop: cut dead tokens off (default in eval mode), or keep them, masked (default in training,
         where a threshold needs the gradient of the tokens that it removed). The logits agree to rounding.
+        trace: return a third tensor, held_by (depth, B, patches): for each patch of the input the
+        position, after each block, of the token that holds it, or -1 if that was pruned.
         """
         S = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, S, S):
@@ -426,11 +436,16 @@ class LTMPViT(nn.Module):
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, N, C)
         size = torch.ones(x.shape[:2], device=x.device)  # (B, N)
         mask = None if self.method == "dense" else torch.ones_like(size)  # (B, N)
-        kept = []
+        patches = torch.eye(x.shape[1], device=x.device)[:, 1:].expand(len(x), -1, -1) if trace else None  # (B, N, N - 1)
+        kept, held_by = [], []
         for block in self.blocks:
-            x, size, mask = block(x, size, mask, drop)
+            x, size, mask, patches = block(x, size, mask, drop, patches)
             kept.append((size if mask is None else mask).sum(1))
-        return self.head(self.norm(x[:, 0])), torch.stack(kept)
+            if trace:
+                share, token = (patches if mask is None else patches * mask[:, :, None]).max(1)  # (B, N - 1) each
+                held_by.append(token.masked_fill(share == 0, -1))
+        logits = self.head(self.norm(x[:, 0]))
+        return (logits, torch.stack(kept), torch.stack(held_by)) if trace else (logits, torch.stack(kept))
 
 
 def _sincos_positions(config):

@@ -167,6 +167,30 @@ def test_one_semantics_at_the_extremes(method, extreme):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_every_patch_is_held_by_one_live_token_or_was_pruned(method):
+    for seed in range(10):
+        model, images = random_model(seed, method)
+        sizes = []  # of the live tokens after each block
+        for block in model.blocks:
+            block.register_forward_hook(lambda block, inputs, out: sizes.append(out[1] if out[2] is None else out[1] * out[2]))
+        model.eval()
+        with torch.inference_mode():
+            logits, kept, held_by = model(images, trace=True)
+            assert torch.equal(logits, model(images)[0])
+            masked, single = model(images, drop=False, trace=True)[2], [model(image[None], trace=True)[2] for image in images]
+        assert torch.equal(held_by, masked) and torch.equal(held_by, torch.cat(single, 1))
+        assert held_by.shape == (model.config.depth, len(images), model.config.num_tokens - 1)
+        pruned = (held_by < 0).float()
+        assert (pruned[1:] >= pruned[:-1]).all()  # what was pruned stays pruned
+        assert method not in ("dense", "ltm", "tome") or not pruned.any()
+        for block, size in enumerate(sizes[: model.config.depth]):
+            for i, n in enumerate(kept[block].int().tolist()):
+                held = held_by[block, i][held_by[block, i] >= 0]
+                assert torch.equal(held.bincount(minlength=n)[1:].float(), size[i, 1:n])  # of each token, and none of a dead one
+                assert size[i, 0] == 1 and (held > 0).all()  # the class token holds no patch
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_attention_logits_of_ten_thousand(method):
     model, images = random_model(3, method)
     spread_weights(model, 3, sharpness=100.0)
