@@ -189,9 +189,9 @@ def merge(x, key, size, mask, importance, masker):
     mask_a = torch.where(merged > 0, mask_a * (1 - merged), mask_a)
     weight = merged.detach() * size_a  # (B, Na)
     total = size_b.scatter_add(1, partner, weight)  # (B, Nb)
+    share_a, share_b = weight / total.gather(1, partner), size_b / total  # (B, Na), (B, Nb)
     target = partner[:, :, None].expand_as(x_a)
-    summed = (x_b * size_b[:, :, None]).scatter_add(1, target, x_a * weight[:, :, None])
-    x_b = (summed / total[:, :, None]).to(x.dtype)  # (B, Nb, C)
+    x_b = (x_b * share_b[:, :, None]).scatter_add_(1, target, x_a * share_a[:, :, None]).to(x.dtype)  # (B, Nb, C)
     importance_b = importance_b.scatter_reduce(
         1, partner, importance_a.masked_fill(merged.detach() == 0, 0), "amax")  # (B, Nb)
 
@@ -223,6 +223,30 @@ def live_first(mask, tensors, drop):
     return move(mask), [move(t) for t in tensors]
 
 
+def live_rows(mask, drop):
+    """mask (B, N) -> (live, dead, drop): which of the B N positions hold live tokens, and which dead ones. None if all are live."""
+    live = mask.flatten() > 0
+    if (drop and len(mask) == 1) or live.all():
+        return None
+    return live.nonzero()[:, 0], (~live).nonzero()[:, 0], drop
+
+
+def on_live(layer, x, rows):
+    """layer, which sees one token at a time, on the live tokens of x (B, N, C) alone, without the gaps between images.
+
+    In training (drop=False) the dead go on as well, since their mask has a gradient; nothing that
+    they become has one, so they go without. In inference what fills up the shorter images becomes 0.
+    """
+    if rows is None:
+        return layer(x)
+    (live, dead, drop), flat = rows, x.flatten(0, 1)
+    out = layer(flat[live])  # (live tokens of the batch, C')
+    both = out.new_empty(len(flat), out.shape[1])
+    with torch.no_grad():
+        both[dead] = 0 if drop else layer(flat[dead])
+    return both.index_copy_(0, live, out).unflatten(0, x.shape[:2])  # (B, N, C')
+
+
 # ---------------------------------------------------------------------------------------------
 # The ViT
 
@@ -250,56 +274,63 @@ class MaskedAttention(torch.autograd.Function):
 
         d attn_ij / d m_n = ratio_in ((n = j) - attn_ij)        ratio_in = s_n exp(q_i k_n) / the same sum
 
-    Written out because autograd would keep and walk through (B, H, N, N) several times more, for the
-    sake of the dead columns alone: ratio is attn where m = 1, and for the dead it is computed here.
-    Tokens must come live first.
+    Tokens must come live first, and nothing may depend on the outputs of dead ones but their own
+    next layers, so that their gradient is 0. Written out because autograd would keep and walk
+    through (B, H, N, N) several times more; here one is kept, and backward visits live rows alone.
     """
 
     LIMIT = 10.0  # log of the largest ratio: a dead token's logit may lie far above those of the live
 
     @staticmethod
     def forward(ctx, q, k, v, size, mask):
-        """q (scaled), k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32."""
+        """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32."""
         logits = (q @ k.transpose(-2, -1)).float()  # (B, H, N, N)
-        logits += size.log().masked_fill(mask == 0, -math.inf)[:, None, None]
+        bias = size.log().masked_fill(mask == 0, -math.inf)[:, None, None]  # (B, 1, 1, N)
+        torch.add(bias, logits, alpha=q.shape[-1] ** -0.5, out=logits)  # in place: fresh memory is slow on a CPU
         attn = logits.softmax(-1)
-        queries = mask / mask.sum(1, keepdim=True)  # (B, N)
-        mean_attn = attn.mean(1)  # (B, N, N)
+        queries = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), the weight of each in importance
         if any(ctx.needs_input_grad):
-            log_sum = logits.logsumexp(-1, keepdim=True)  # (B, H, N, 1)
-            ctx.save_for_backward(q, k, v, size, mask, attn, log_sum, mean_attn)
-        return attn.to(v.dtype) @ v, (mean_attn * queries[:, :, None]).sum(1)
+            log_sum = logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()  # (B, H, N, 1)
+            ctx.save_for_backward(q, k, v, size, mask, attn, log_sum)
+        return attn.to(v.dtype) @ v, (queries @ attn).sum((1, 2))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_importance):
-        q, k, v, size, mask, attn, log_sum, mean_attn = ctx.saved_tensors
+        q, k, v, size, mask, attn, log_sum = ctx.saved_tensors
+        B, H, N, D = q.shape
         count = mask.sum(1, keepdim=True)  # (B, 1)
-        queries = mask / count  # (B, N), the weight of each in importance
-        d_attn = (d_out @ v.transpose(-2, -1)).float()  # (B, H, N, N)
-        d_attn += (queries[:, :, None] * d_importance[:, None] / q.shape[1])[:, None]
-        d_attn -= (attn * d_attn).sum(-1, keepdim=True)  # from here on less its mean over the row
-        d_logits = attn * d_attn
+        first, n = int(count.min()), int(count.max())  # before first all tokens are live, from n on all are dead
+        seen = attn[..., :n] @ d_importance[:, None, :n, None]  # (B, H, N, 1), sum over j of attn_ij d_importance_j
+        q, d_out, rows = q[:, :, :n], d_out[:, :, :n], attn[:, :, :n, :n]
+        # d loss / d attn_ij = d_out_i v_j + queries_i d_importance_j, of which softmax takes off the row's mean: one product of D + 2 columns
+        queries = (mask / count)[:, None, :n, None] / H  # (B, 1, n, 1)
+        mean = (d_out * (rows.to(v.dtype) @ v[:, :, :n])).sum(-1, keepdim=True) + queries * seen[:, :, :n]  # (B, H, n, 1)
+        left = torch.cat([d_out, queries.expand_as(mean), -mean], -1)  # (B, H, n, D + 2)
+        right = torch.cat([v, d_importance[:, None, :, None].expand(-1, H, -1, -1), torch.ones_like(v[..., :1])], -1)  # (B, H, N, D + 2)
+        d_attn = left @ right.transpose(-2, -1)  # (B, H, n, N)
+        d_logits = rows * d_attn[..., :n]  # (B, H, n, n)
         d_mask = None
         if ctx.needs_input_grad[4]:
-            d_mask = d_logits.sum((1, 2))  # (B, N); 0 for the dead, whose ratio is still to come
-            tail = int(count.min())  # the dead are among positions tail, tail + 1, ...
-            ratio = (q @ k[:, :, tail:].transpose(-2, -1)).float() + size[:, None, None, tail:].log() - log_sum
-            d_tail = (ratio.clamp_(max=MaskedAttention.LIMIT).exp_() * d_attn[..., tail:]).sum((1, 2))
-            d_mask[:, tail:] = torch.where(mask[:, tail:] == 0, d_tail, d_mask[:, tail:])
-            d_queries = (mean_attn * d_importance[:, None]).sum(2)  # (B, N)
-            d_mask += (d_queries - (queries * d_queries).sum(1, keepdim=True)) / count
-        d_logits = d_logits.to(q.dtype)
-        d_v = attn.to(d_out.dtype).transpose(-2, -1) @ d_out
-        return d_logits @ k, d_logits.transpose(-2, -1) @ q, d_v, None, d_mask
+            ratio = (q @ k[:, :, first:].transpose(-2, -1)).float()  # (B, H, n, N - first), for the dead, which are all there
+            torch.add(size[:, None, None, first:].log(), ratio, alpha=D**-0.5, out=ratio)
+            ratio.sub_(log_sum[:, :, :n]).clamp_(max=MaskedAttention.LIMIT).exp_()
+            d_mask = F.pad((ratio * d_attn[..., first:]).sum((1, 2)), (first, 0)).masked_fill_(mask > 0, 0)  # (B, N)
+            d_mask[:, :n] += d_logits.sum((1, 2))  # for the live, whose ratio is attn
+            d_queries = seen.mean((1, 3))  # (B, N)
+            d_mask += (d_queries - (mask * d_queries).sum(1, keepdim=True) / count) / count
+        d_logits = (d_logits * D**-0.5).to(q.dtype)
+        d_v = rows.to(d_out.dtype).transpose(-2, -1) @ d_out
+        d_k, d_q = d_logits.transpose(-2, -1) @ q, d_logits @ k[:, :, :n]
+        return *(F.pad(d, (0, 0, 0, N - n)) for d in (d_q, d_k, d_v)), None, d_mask
 
 
 def masked_attention(q, k, v, size, mask):
-    """MaskedAttention with its scaling. The class token's importance is inf: it is never pruned.
+    """MaskedAttention. The class token's importance is inf: it is never pruned.
 
     q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32.
     """
-    out, importance = MaskedAttention.apply(q * q.shape[-1] ** -0.5, k, v, size, mask)
+    out, importance = MaskedAttention.apply(q, k, v, size, mask)
     return out, torch.cat([torch.full_like(importance[:, :1], math.inf), importance[:, 1:]], 1)
 
 
@@ -312,20 +343,20 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, size=None, mask=None):
-        """x (B, N, C), size, mask (B, N) -> out (B, N, C), key (B, N, D), importance (B, N).
+    def forward(self, x, size=None, mask=None, rows=None):
+        """x (B, N, C), size, mask (B, N), rows for on_live -> out (B, N, C), key (B, N, D), importance (B, N).
 
         Without a mask (the dense method) nobody asks for the latter two: torch's fused attention.
         """
         B, N, C = x.shape
-        qkv = self.qkv(x).reshape(B, N, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
+        qkv = on_live(self.qkv, x, rows).reshape(B, N, 3, self.heads, C // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, H, N, D) each
         if mask is None:
             out, key, importance = F.scaled_dot_product_attention(q, k, v), None, None
         else:
             out, importance = masked_attention(q, k, v, size, mask)
             key = k.mean(1, dtype=torch.float32)  # (B, N, D)
-        return self.proj(out.transpose(1, 2).reshape(B, N, C)), key, importance
+        return on_live(self.proj, out.transpose(1, 2).reshape(B, N, C), rows), key, importance
 
 
 class MLP(nn.Module):
@@ -375,7 +406,8 @@ class Block(nn.Module):
         patches (B, N, P): above 0 where the token holds the patch; only if somebody asks. They travel
         as further channels of x, so that what becomes of a token becomes of its patches.
         """
-        out, key, importance = self.attn(self.norm1(x), size, mask)
+        rows = None if mask is None else live_rows(mask, drop)
+        out, key, importance = self.attn(self.norm1(x), size, mask, rows)
         x = x + self.ls1(out)
         if patches is not None:
             x = torch.cat([x, patches.to(x.dtype)], 2)  # (B, N, C + P)
@@ -388,7 +420,8 @@ class Block(nn.Module):
                 mask, (x, size, importance, key) = live_first(mask, (x, size, importance, key), drop)
         if patches is not None:
             x, patches = x.split([out.shape[2], patches.shape[2]], 2)
-        return x + self.ls2(self.mlp(self.norm2(x))), size, mask, patches
+        rows = None if mask is None else live_rows(mask, drop)
+        return x + self.ls2(on_live(self.mlp, self.norm2(x), rows)), size, mask, patches
 
 
 class LTMPViT(nn.Module):

@@ -222,7 +222,7 @@ def test_fixed_count_removes_r_but_never_half(method):
 
 def plain_attention(q, k, v, size, mask):
     """The formula of MaskedAttention as one would write it down."""
-    logits = q @ k.transpose(-2, -1) + size.log()[:, None, None]
+    logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + size.log()[:, None, None]
     live = mask[:, None, None]
     log_sum = logits.masked_fill(live == 0, -math.inf).logsumexp(-1, keepdim=True).detach()
     weights = (logits - log_sum).clamp(max=ltmp.MaskedAttention.LIMIT).exp() * live
@@ -231,13 +231,14 @@ def plain_attention(q, k, v, size, mask):
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0])
-def test_attention_and_its_gradient_equal_the_plain_formula(sharpness):
+@pytest.mark.parametrize("counts", [[9, 5, 2, 1], [7, 6, 6, 4], [1, 1, 1, 1], [9, 9, 9, 9]])
+def test_attention_and_its_gradient_equal_the_plain_formula(sharpness, counts):
     torch.manual_seed(0)
     B, H, N, D = 4, 2, 9, 4
-    q, k, v = (torch.randn(B, H, N, D) * scale for scale in (sharpness, sharpness, 1))
-    mask = (torch.arange(N) < torch.tensor([[9], [5], [2], [1]])).float()
+    q, k, v = (torch.randn(B, H, N, D) * scale for scale in (2 * sharpness, sharpness, 1))
+    mask = (torch.arange(N) < torch.tensor(counts)[:, None]).float()
     size = torch.randint(1, 5, (B, N)).float()
-    weight_out, weight_importance = torch.randn(B, H, N, D), torch.randn(B, N)
+    weight_out, weight_importance = torch.randn(B, H, N, D) * mask[:, None, :, None], torch.randn(B, N)
     results = []
     for function in (plain_attention, ltmp.MaskedAttention.apply):
         inputs = [t.clone().requires_grad_() for t in (q, k, v, mask)]
@@ -246,6 +247,26 @@ def test_attention_and_its_gradient_equal_the_plain_formula(sharpness):
         results.append([out, importance, *torch.autograd.grad(loss, inputs)])
     for ours, plain in zip(results[1], results[0]):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-4 * plain.abs().max().item())
+
+
+@pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
+def test_gradients_without_the_dead_equal_those_with_all(method, monkeypatch):
+    def gradients(model, images):
+        model.zero_grad()
+        logits, kept = model.train()(images)
+        (F.cross_entropy(logits, torch.zeros(len(images), dtype=torch.long)) + flops.flops_ratio(kept, model.config)).backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    for seed in range(10):
+        model, images = random_model(seed, method)
+        ours = gradients(model, images)
+        with monkeypatch.context() as plain:  # every layer on every token, attention by autograd
+            plain.setattr(ltmp, "on_live", lambda layer, x, rows: layer(x))
+            plain.setattr(ltmp.MaskedAttention, "apply", plain_attention)
+            theirs = gradients(model, images)
+        assert ours.keys() == theirs.keys() and any("threshold" in name for name in ours)
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4 * theirs[name].abs().max().item() + 1e-7, msg=name)
 
 
 def test_masks_are_exactly_zero_and_one_with_the_slope_of_a_sigmoid():
