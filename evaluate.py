@@ -6,9 +6,13 @@
 """
 
 import argparse
+import ctypes
 import json
 import os
+import re
 import signal
+import statistics
+import subprocess
 import sys
 import time
 from functools import partial
@@ -242,6 +246,202 @@ def report(metrics, name, method):
 
 
 # ---------------------------------------------------------------------------------------------
+# Speed
+
+
+@torch.no_grad()
+def set_shares(model, images, share):
+    """Set each threshold, block after block, where it merges or prunes `share` of what it meets on images (B, 3, S, S)."""
+    def place(step, masker, inputs):
+        scores = inputs[0][inputs[0].isfinite()]
+        if len(scores):
+            masker.threshold.fill_(scores.quantile(1 - share if step == "merge" else share))
+
+    hooks = [getattr(block, f"{step}_masker").register_forward_pre_hook(partial(place, step))
+             for block in model.blocks for step in ltmp.METHODS[model.method]]
+    model.eval()(images)
+    for hook in hooks:
+        hook.remove()
+
+
+def timed(run, device):
+    """Seconds that run() takes, the work of a GPU included."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    run()
+    wait()
+    return time.perf_counter() - start
+
+
+def peak_memory(run, device):
+    """MB that run() needs at its peak, beyond what was there before; None where the system does not tell."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    try:
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system, or it would count as there before
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    except (OSError, AttributeError):
+        return None
+    status = lambda field: int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+    before = status("VmRSS")
+    run()
+    return status("VmHWM") - before
+
+
+def compare(runs, repeats, device):
+    """Run the functions in turn, `repeats` times after one to warm up. Returns median seconds and peak MB of each."""
+    memory = [peak_memory(run, device) for run in runs]
+    times = [[timed(run, device) for run in runs] for _ in range(repeats)]
+    return [statistics.median(column) for column in zip(*times)], memory
+
+
+def benchmark(model, dataset, args, device):
+    """Print and return rows of dense (torch's fused attention) against reduced, in turn in this process.
+
+    efficiency = dense seconds / reduced seconds * r: 1 is all that the FLOPs promise. Inference at each
+    of --batch-sizes; and one training step of 16 images: all weights of the dense ViT against the thresholds alone.
+    """
+    twin, rows = dense_twin(model), []
+    heads = ("images", "dense ms", "reduced ms", "speed-up", "r", "efficiency", "dense MB", "reduced MB")
+    print(f"{'':<10}" + "".join(f"{head:>12}" for head in heads))
+
+    def row(name, count, runs, r):
+        (dense, reduced), memory = compare(runs, args.repeats, device)
+        found = (count, 1e3 * dense, 1e3 * reduced, dense / reduced, r, dense / reduced * r, *memory)
+        rows.append({"what": name} | dict(zip(heads, found)))
+        digits = (0, 1, 1, 2, 3, 2, 0, 0)
+        print(f"{name:<10}" + "".join(f"{'-' if x is None else format(x, f'.{d}f'):>12}" for x, d in zip(found, digits)), flush=True)
+
+    def first(count):
+        return torch.stack([dataset[i * len(dataset) // count][0] for i in range(count)]).to(device)
+
+    @torch.inference_mode()
+    def infer(net, images):
+        with amp_context(device, args.amp):
+            return net(images)
+
+    if args.share:
+        set_shares(model, first(min(32, len(dataset))), args.share)
+    for count in args.batch_sizes:
+        images = first(count)
+        r = flops_ratio(infer(model.eval(), images)[1].cpu().double(), model.config).item()
+        row("inference", count, [lambda: infer(twin.eval(), images), lambda: infer(model, images)], r)
+
+    def step(net, images):
+        with amp_context(device, args.amp):
+            logits, kept = net(images)
+        (logits.float().logsumexp(1).mean() + flops_ratio(kept, net.config)).backward()
+
+    model.train().requires_grad_(False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("threshold"))
+    images = first(16)
+    row("training", 16, [lambda: step(twin.train().requires_grad_(), images), lambda: step(model, images)], r)
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------
+# The frontier: what accuracy is left at what FLOPs
+
+
+def fixed_count(config, target):
+    """The tokens to remove per block, tome or topk, whose r is nearest to target."""
+    def r(count):
+        tokens, kept = config.num_tokens, []
+        for _ in range(config.depth):
+            tokens -= min(count, (tokens - 1) // 2)
+            kept.append(tokens)
+        return model_flops(config, kept) / model_flops(config)
+
+    return min(range(config.num_tokens // 2 + 1), key=lambda count: abs(r(count) - target))
+
+
+def frontier(name, state, loader, args, device):
+    """Top-1 against r of all methods at --targets, thresholds by train.py, one run a method, target and seed.
+
+    Writes into the folder --frontier: the runs, frontier.csv and frontier.json (a row for each), and
+    frontier.png where matplotlib is at hand. What is there already is not made again. Returns the rows.
+    """
+    folder, rows = Path(args.frontier), []
+    folder.mkdir(parents=True, exist_ok=True)
+    build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)  # and the method
+    plan = [("dense", 1.0, 0)]
+    plan += [(method, target, 0) for method in ("tome", "topk") for target in args.targets]  # no chance in these
+    plan += [(method, target, seed) for seed in range(args.seed, args.seed + args.seeds) for method in ("ltmp", "ltm", "ltp", "ltpm") for target in args.targets]
+    shared = [f"--{flag.replace('_', '-')}={value}" for flag in ("data", "model", "weights", "num_classes", "image_size", "val_fraction", "workers", "device", "limit_train")
+              if (value := getattr(args, flag)) is not None] + (["--no-amp"] if args.amp is False else [])
+    for i, (method, target, seed) in enumerate(plan, 1):
+        run = folder / f"{method}-{target:g}-{seed}"
+        found = run / f"test-{len(loader.dataset)}.json"
+        if not found.exists():
+            print(f"{i}/{len(plan)}: {run.name}", file=sys.stderr, flush=True)
+            run.mkdir(exist_ok=True)
+            if method in ("dense", "tome", "topk"):
+                model = build(method, r=None if method == "dense" else fixed_count(ltmp.VARIANTS[name], target))
+            else:
+                if not (run / "thresholds.json").exists():
+                    again = ["--resume"] if (run / "last.pt").exists() else []
+                    learn = [f"--method={method}", f"--target={target}", f"--seed={seed}", f"--out={run}", "--limit-val=1", *shared, *again]
+                    subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *learn], check=True, stdout=subprocess.DEVNULL)
+                model = ltmp.load_thresholds(build(method), run / "thresholds.json")
+            write_file(found, json.dumps(measure(model.to(device), loader, device, args.amp, run.name), indent=1))
+        metrics = json.loads(found.read_text())
+        rows.append({"method": method, "target": target, "seed": seed, "r": metrics["flops_ratio"], "top1": metrics["top1"],
+                     "top5": metrics["top5"], "images": metrics["images"]})
+        write_file(folder / "frontier.json", json.dumps(rows, indent=1))
+        write_file(folder / "frontier.csv", "\n".join(",".join(map(str, row)) for row in [list(rows[0]), *map(dict.values, rows)]) + "\n")
+    return rows
+
+
+def frontier_points(rows):
+    """Rows of frontier -> {method: [(target, mean r, mean top-1, half the range of top-1 over seeds)]}."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(row["method"], {}).setdefault(row["target"], []).append(row)
+    return {method: [(target, statistics.mean(row["r"] for row in some), statistics.mean(row["top1"] for row in some),
+                      (max(row["top1"] for row in some) - min(row["top1"] for row in some)) / 2)
+                     for target, some in sorted(targets.items())] for method, targets in groups.items()}
+
+
+def frontier_report(points):
+    """The table of frontier_points as text, one column a method."""
+    dense, methods = points["dense"][0][2], [method for method in points if method != "dense"]
+    lines = [f"top-1 at r, +- half the range over seeds; dense {dense:.2f} %",
+             f"{'target':<8}" + "".join(f"{method:>22}" for method in methods)]
+    for row in zip(*(points[method] for method in methods)):
+        lines.append(f"{row[0][0]:<8g}" + "".join(f"{f'{top1:.2f} +- {spread:.2f} at {r:.3f}':>22}" for _, r, top1, spread in row))
+    return "\n".join(lines)
+
+
+def plot_frontier(points, path):
+    """Draw frontier_points to a PNG or SVG. Raises ValueError without matplotlib."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("the plot needs matplotlib: pip install 'ltmp[plots]'; the numbers are in frontier.csv") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    for method, some in points.items():
+        if method == "dense":
+            axes.axhline(some[0][2], color="black", linewidth=1, label="dense")
+            continue
+        _, r, top1, spread = zip(*some)
+        learned = method not in ("tome", "topk")
+        axes.errorbar(r, top1, spread, marker="o" if learned else "s", markersize=4, linestyle="-" if learned else "--", capsize=3, label=method)
+    axes.set(xlabel="r, share of the dense FLOPs", ylabel="top-1 (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+# ---------------------------------------------------------------------------------------------
 
 
 def chosen_model(args):
@@ -254,6 +454,8 @@ def chosen_model(args):
     inside = [step for step in ("merge", "prune") if state and f"blocks.0.{step}_masker.threshold" in state]
     if inside and not args.thresholds:
         return build(args.method or {"merge": "ltm", "prune": "ltp", "merge prune": "ltmp"}[" ".join(inside)]), name
+    if args.benchmark and args.share:
+        return build(args.method or "ltmp"), name
     if not args.thresholds and name != "demo":
         raise ValueError("--thresholds FILE is needed: the thresholds.json that train.py wrote")
     found = ltmp.read_thresholds(args.thresholds or DEMO_THRESHOLDS)
@@ -271,11 +473,31 @@ def main(argv=None):
     parser.add_argument("--thresholds", metavar="FILE", help="thresholds.json from training (default: those in the checkpoint; the demo's own)")
     parser.add_argument("--r", type=int, nargs="+", metavar="N", help="tokens that tome or topk removes per block: one number, or one per block")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there")
+    parser.add_argument("--frontier", metavar="DIR", help="top-1 against r of every method: learn thresholds for --targets by train.py, evaluate, "
+                        "and write a table and a plot there; goes on where it was stopped")
+    parser.add_argument("--targets", type=share, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], metavar="R", help="of --frontier (default: 0.3 0.4 ... 0.9)")
+    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="of --frontier: runs for each method and target (default: %(default)s)")
+    parser.add_argument("--limit-train", type=positive, metavar="N", help="of --frontier: learn on N images, evenly spread (default: all)")
+    parser.add_argument("--benchmark", action="store_true", help="time and memory, dense with torch's fused attention against reduced")
+    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 8, 32, 64], metavar="N", help="of --benchmark, images (default: 1 8 32 64)")
+    parser.add_argument("--share", type=share, metavar="SHARE", help="with --benchmark: no --thresholds, but each merges or prunes this share of what it meets")
+    parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="of --benchmark; medians are shown (default: %(default)s)")
     args = parser.parse_args(argv)
     try:
         device = find_device(args.device)
         val_set = open_split(args, "val")
+        if args.frontier:
+            name = default_model(args)
+            state = read_weights(name, args.weights)
+            val_set = still(val_set, build_model(name, "dense", state, num_classes=args.num_classes, image_size=args.image_size))
+            loader = make_loader(data.subset(val_set, args.limit_val), args, device, batch_size=args.batch_size or 128)
+            points = frontier_points(frontier(name, state, loader, args, device))
+            print(frontier_report(points))
+            return plot_frontier(points, Path(args.frontier) / "frontier.png")
         model, name = chosen_model(args)
+        if args.benchmark:
+            rows = benchmark(model.to(device), still(val_set, model), args, device)
+            return args.json and write_file(args.json, json.dumps(rows, indent=1))
         loader = make_loader(data.subset(still(val_set, model), args.limit_val), args, device, batch_size=args.batch_size or 128)
     except ValueError as error:
         stop(error)

@@ -1,8 +1,8 @@
 """Analytic FLOPs of a ViT whose blocks keep fewer and fewer tokens.
 
 FLOPs are multiply-adds of the linear layers, the convolution and the two attention products, as in
-the paper (DeiT-S at 224: 4.6 G). Left out, as there: norms, softmax, GELU, biases, and the matching
-of merge (n^2 / 4 similarities of D multiply-adds: 0.2 % of DeiT-S).
+the paper (DeiT-S at 224: 4.6 G). Left out, as there: norms, softmax, GELU, biases, and what finds the
+scores: importance (H n^2 multiply-adds a block: 0.1 % of DeiT-S), similarity (D n^2 / 4: 0.2 %).
 
     python flops.py deit_small_patch16_224                       a table per layer
     python flops.py deit_small_patch16_224 --kept 190 180 ...    the same, with tokens kept after each block

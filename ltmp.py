@@ -172,7 +172,7 @@ def merge(x, key, size, mask, importance, masker):
     mask_a, mask_b = mask[:, 0::2], mask[:, 1::2]
     importance_a, importance_b = importance[:, 0::2], importance[:, 1::2]
 
-    with torch.autocast(x.device.type, enabled=False):  # scores stay float32 under AMP
+    with torch.autocast(x.device.type, enabled=False):  # float32, as in attend
         key = F.normalize(key.float(), dim=-1)
         similarity = key[:, 0::2] @ key[:, 1::2].transpose(1, 2)  # (B, Na, Nb)
     # Rounding may lift a cosine above 1; without that, a threshold of 1 means: never merge.
@@ -262,17 +262,34 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-class MaskedAttention(torch.autograd.Function):
+def attend(q, k, v, size, mask):
     """Proportional attention (ToMe, arXiv 2210.09461) over the live tokens, and the importance of each token (paper).
 
-        attn_ij = m_j s_j exp(q_i k_j) / sum_n m_n s_n exp(q_i k_n)        m: mask, s: size
+        attn_ij = m_j s_j exp(q_i k_j) / sum_n m_n s_n exp(q_i k_n)        m: mask, s: size, q k over sqrt(D)
         importance_j = mean over heads and over live queries i of attn_ij
 
     A token that stands for s patches is attended to s times: log s joins the logits. Only live
-    queries count for importance, because when tokens are really dropped there are no others. The
-    mask is a factor, so that it has a gradient also where it is 0: what a dead token would add.
+    queries count for importance, because when tokens are really dropped there are no others.
 
-        d attn_ij / d m_n = ratio_in ((n = j) - attn_ij)        ratio_in = s_n exp(q_i k_n) / the same sum
+    q, k, v (B, H, N, D), size, mask (B, N)
+    -> out (B, H, N, D), importance (B, N) float32, logits, attn (B, H, N, N) float32.
+    """
+    logits = (q @ k.transpose(-2, -1)).float()  # (B, H, N, N)
+    bias = size.log().masked_fill(mask == 0, -math.inf)[:, None, None]  # (B, 1, 1, N)
+    torch.add(bias, logits, alpha=q.shape[-1] ** -0.5, out=logits)  # in place: fresh memory is slow on a CPU
+    attn = logits.softmax(-1)
+    queries = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), the weight of each in importance
+    with torch.autocast(q.device.type, enabled=False):  # scores stay float32 under AMP
+        importance = (queries @ attn).sum((1, 2))  # (B, N)
+    return attn.to(v.dtype) @ v, importance, logits, attn
+
+
+class MaskedAttention(torch.autograd.Function):
+    """attend with a gradient, that of the mask included.
+
+    The mask is a factor, so that it has a gradient also where it is 0: what a dead token would add.
+
+        d attn_ij / d m_n = ratio_in ((n = j) - attn_ij)        ratio_in = s_n exp(q_i k_n) / sum_l m_l s_l exp(q_i k_l)
 
     Tokens must come live first, and nothing may depend on the outputs of dead ones but their own
     next layers, so that their gradient is 0. Written out because autograd would keep and walk
@@ -284,15 +301,11 @@ class MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, size, mask):
         """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32."""
-        logits = (q @ k.transpose(-2, -1)).float()  # (B, H, N, N)
-        bias = size.log().masked_fill(mask == 0, -math.inf)[:, None, None]  # (B, 1, 1, N)
-        torch.add(bias, logits, alpha=q.shape[-1] ** -0.5, out=logits)  # in place: fresh memory is slow on a CPU
-        attn = logits.softmax(-1)
-        queries = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), the weight of each in importance
-        if any(ctx.needs_input_grad):
-            log_sum = logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()  # (B, H, N, 1)
-            ctx.save_for_backward(q, k, v, size, mask, attn, log_sum)
-        return attn.to(v.dtype) @ v, (queries @ attn).sum((1, 2))
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out, importance, logits, attn = attend(q, k, v, size, mask)
+        log_sum = logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()  # (B, H, N, 1)
+        ctx.save_for_backward(q, k, v, size, mask, attn, log_sum)
+        return out, importance
 
     @staticmethod
     @once_differentiable
@@ -308,7 +321,7 @@ class MaskedAttention(torch.autograd.Function):
         mean = (d_out * (rows.to(v.dtype) @ v[:, :, :n])).sum(-1, keepdim=True) + queries * seen[:, :, :n]  # (B, H, n, 1)
         left = torch.cat([d_out, queries.expand_as(mean), -mean], -1)  # (B, H, n, D + 2)
         right = torch.cat([v, d_importance[:, None, :, None].expand(-1, H, -1, -1), torch.ones_like(v[..., :1])], -1)  # (B, H, N, D + 2)
-        d_attn = left @ right.transpose(-2, -1)  # (B, H, n, N)
+        d_attn = (left.to(q.dtype) @ right.to(q.dtype).transpose(-2, -1)).float()  # (B, H, n, N)
         d_logits = rows * d_attn[..., :n]  # (B, H, n, n)
         d_mask = None
         if ctx.needs_input_grad[4]:
@@ -326,11 +339,21 @@ class MaskedAttention(torch.autograd.Function):
 
 
 def masked_attention(q, k, v, size, mask):
-    """MaskedAttention. The class token's importance is inf: it is never pruned.
+    """attend, with a gradient if one is wanted. The class token's importance is inf: it is never pruned.
 
-    q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32.
+    q, k, v (B, H, N, D), size, mask (B, N), live tokens first
+    -> out (B, H, N, D), 0 for the dead in inference; importance (B, N) float32.
     """
-    out, importance = MaskedAttention.apply(q, k, v, size, mask)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, mask)):
+        out, importance = MaskedAttention.apply(q, k, v, size, mask)
+    else:
+        B, H, N, D = q.shape
+        out, importance = q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size)
+        step = B if q.is_cuda else max(1, 2**20 // (H * N * N))  # on a CPU as many images as have logits that fit into its cache
+        for i in range(0, B, step):
+            n = N if q.is_cuda else int(mask[i : i + step].sum(1).max())  # the longest of these
+            part = (t[i : i + step, :, :n] for t in (q, k, v))
+            out[i : i + step, :, :n], importance[i : i + step, :n] = attend(*part, size[i : i + step, :n], mask[i : i + step, :n])[:2]
     return out, torch.cat([torch.full_like(importance[:, :1], math.inf), importance[:, 1:]], 1)
 
 
@@ -350,7 +373,7 @@ class Attention(nn.Module):
         """
         B, N, C = x.shape
         qkv = on_live(self.qkv, x, rows).reshape(B, N, 3, self.heads, C // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).contiguous()  # (B, H, N, D) each
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
         if mask is None:
             out, key, importance = F.scaled_dot_product_attention(q, k, v), None, None
         else:

@@ -191,23 +191,18 @@ def test_every_patch_is_held_by_one_live_token_or_was_pruned(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_attention_logits_of_ten_thousand(method):
+def test_attention_logits_of_ten_thousand(method, monkeypatch):
     model, images = random_model(3, method)
-    spread_weights(model, 3, sharpness=100.0)
-    seen = []
-    original = ltmp.MaskedAttention.forward
+    spread_weights(model, 3, sharpness=150.0)
+    seen, original = [], ltmp.attend
 
-    class Spy(ltmp.MaskedAttention):
-        @staticmethod
-        def forward(ctx, q, k, *rest):
-            seen.append((q @ k.transpose(-2, -1)).abs().max().item())
-            return original(ctx, q, k, *rest)
+    def spy(*inputs):
+        out = original(*inputs)
+        seen.append(out[2].max().item())
+        return out
 
-    ltmp.MaskedAttention, kept_class = Spy, ltmp.MaskedAttention
-    try:
-        assert_one_function(model, images)
-    finally:
-        ltmp.MaskedAttention = kept_class
+    monkeypatch.setattr(ltmp, "attend", spy)
+    assert_one_function(model, images)
     assert method == "dense" or max(seen) > 1e4
 
 
@@ -338,10 +333,16 @@ def test_flops_are_what_torch_counts(method, name):
         image = torch.randn(3, 224, 224, generator=torch.Generator().manual_seed(0))
     count, kept = counted(model, image)
     ours = flops.model_flops(model.config, kept)
-    assert ours.item() == pytest.approx(count, rel=0.01)
     assert method == "dense" or ours < 0.97 * flops.model_flops(model.config)
-    if method in ("dense", "ltp", "topk"):  # nothing but layers: to the last multiply-add
-        assert ours.item() == count
+    # To the last multiply-add, but for what r leaves out: the mean over queries that gives importance, and the matching.
+    n = torch.tensor([model.config.num_tokens] + kept[:-1, 0].int().tolist())  # tokens that enter each block
+    importance = 0 if method == "dense" else model.config.heads * (n**2).sum().item()
+    matching = (((n + 1) // 2) * (n // 2)).sum().item() * model.config.dim // model.config.heads if "merge" in METHODS[method] else 0
+    if method == "ltpm":  # matches what it has pruned already: fewer
+        assert 0 < count - ours.item() - importance < matching
+    else:
+        assert count == ours.item() + importance + matching
+    assert importance + matching < 0.01 * count or name == "reference"
 
 
 def test_ratio_is_per_image_and_differentiable():
