@@ -369,9 +369,10 @@ def frontier(name, state, loader, args, device):
     folder, rows = Path(args.frontier), []
     folder.mkdir(parents=True, exist_ok=True)
     build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)  # and the method
-    plan = [("dense", 1.0, 0)]
-    plan += [(method, target, 0) for method in ("tome", "topk") for target in args.targets]  # no chance in these
-    plan += [(method, target, seed) for seed in range(args.seed, args.seed + args.seeds) for method in ("ltmp", "ltm", "ltp", "ltpm") for target in args.targets]
+    fixed = ("tome", "topk")  # no chance in these: one seed
+    plan = [("dense", 1.0, 0)] + [(method, target, 0) for method in args.methods if method in fixed for target in args.targets]
+    plan += [(method, target, seed) for seed in range(args.seed, args.seed + args.seeds)
+             for method in args.methods if method not in fixed for target in args.targets]
     shared = [f"--{flag.replace('_', '-')}={value}" for flag in ("data", "model", "weights", "num_classes", "image_size", "val_fraction", "workers", "device", "limit_train")
               if (value := getattr(args, flag)) is not None] + (["--no-amp"] if args.amp is False else [])
     for i, (method, target, seed) in enumerate(plan, 1):
@@ -422,7 +423,7 @@ def plot_frontier(points, path):
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("the plot needs matplotlib: pip install 'ltmp[plots]'; the numbers are in frontier.csv") from None
+        raise ValueError("the plot needs matplotlib: pip install -e '.[plots]'; the numbers are in frontier.csv") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -476,6 +477,8 @@ def main(argv=None):
     parser.add_argument("--frontier", metavar="DIR", help="top-1 against r of every method: learn thresholds for --targets by train.py, evaluate, "
                         "and write a table and a plot there; goes on where it was stopped")
     parser.add_argument("--targets", type=share, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], metavar="R", help="of --frontier (default: 0.3 0.4 ... 0.9)")
+    parser.add_argument("--methods", choices=[m for m in ltmp.METHODS if m != "dense"], nargs="+", default=["ltmp", "ltm", "ltp", "ltpm", "tome", "topk"],
+                        metavar="METHOD", help="of --frontier (default: all six)")
     parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="of --frontier: runs for each method and target (default: %(default)s)")
     parser.add_argument("--limit-train", type=positive, metavar="N", help="of --frontier: learn on N images, evenly spread (default: all)")
     parser.add_argument("--benchmark", action="store_true", help="time and memory, dense with torch's fused attention against reduced")

@@ -225,10 +225,12 @@ def live_first(mask, tensors, drop):
 
 def live_rows(mask, drop):
     """mask (B, N) -> (live, dead, drop): which of the B N positions hold live tokens, and which dead ones. None if all are live."""
-    live = mask.flatten() > 0
-    if (drop and len(mask) == 1) or live.all():
+    dead = mask.flatten() == 0
+    live = dead.numel() - int(dead.sum())
+    if live == dead.numel():
         return None
-    return live.nonzero()[:, 0], (~live).nonzero()[:, 0], drop
+    order = dead.int().argsort(stable=True)
+    return order[:live], order[live:], drop
 
 
 def on_live(layer, x, rows):
@@ -423,13 +425,13 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * config.mlp_ratio))
         self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
 
-    def forward(self, x, size, mask, drop, patches=None):
+    def forward(self, x, size, mask, rows, drop, patches=None):
         """x (B, N, C), size, mask (B, N) -> the same with live tokens first; fewer of them if drop.
 
+        rows: live_rows(mask), which comes out for the new mask too.
         patches (B, N, P): above 0 where the token holds the patch; only if somebody asks. They travel
         as further channels of x, so that what becomes of a token becomes of its patches.
         """
-        rows = None if mask is None else live_rows(mask, drop)
         out, key, importance = self.attn(self.norm1(x), size, mask, rows)
         x = x + self.ls1(out)
         if patches is not None:
@@ -439,12 +441,14 @@ class Block(nn.Module):
                 x, size, mask, importance = merge(x, key, size, mask, importance, self.merge_masker)
             else:
                 mask = prune(mask, importance, self.prune_masker)
-            if step == "prune" or step == self.steps[-1]:  # merge and attention need it; the prune of ltmp does not
+            if step == self.steps[-1]:
+                mask, (x, size) = live_first(mask, (x, size), drop)
+            elif step == "prune":  # merge needs the order too; prune does not
                 mask, (x, size, importance, key) = live_first(mask, (x, size, importance, key), drop)
         if patches is not None:
             x, patches = x.split([out.shape[2], patches.shape[2]], 2)
         rows = None if mask is None else live_rows(mask, drop)
-        return x + self.ls2(on_live(self.mlp, self.norm2(x), rows)), size, mask, patches
+        return x + self.ls2(on_live(self.mlp, self.norm2(x), rows)), size, mask, rows, patches
 
 
 class LTMPViT(nn.Module):
@@ -493,9 +497,9 @@ class LTMPViT(nn.Module):
         size = torch.ones(x.shape[:2], device=x.device)  # (B, N)
         mask = None if self.method == "dense" else torch.ones_like(size)  # (B, N)
         patches = torch.eye(x.shape[1], device=x.device)[:, 1:].expand(len(x), -1, -1) if trace else None  # (B, N, N - 1)
-        kept, held_by = [], []
+        kept, held_by, rows = [], [], None
         for block in self.blocks:
-            x, size, mask, patches = block(x, size, mask, drop, patches)
+            x, size, mask, rows, patches = block(x, size, mask, rows, drop, patches)
             kept.append((size if mask is None else mask).sum(1))
             if trace:
                 share, token = (patches if mask is None else patches * mask[:, :, None]).max(1)  # (B, N - 1) each

@@ -996,6 +996,63 @@ def test_the_demo_vit_is_a_good_one():
     assert evaluate.DEMO_WEIGHTS.stat().st_size < 1.5e6 and torch.load(evaluate.DEMO_WEIGHTS, weights_only=True)["head.weight"].dtype == torch.float16
 
 
+def test_frontier_learns_evaluates_and_goes_on(tmp_path, capsys, monkeypatch):
+    flags = ["--frontier", str(tmp_path), "--methods", "ltm", "tome", "--targets", "0.8", "0.5", "--limit-train", "64", "--limit-val", "100", "--workers", "0"]
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        evaluate.main(flags + ["--seeds", "1"])
+    first, message = capsys.readouterr()
+    assert "matplotlib" in message.splitlines()[-1] and "dense" in first
+    rows = read(tmp_path / "frontier.json")
+    assert [(row["method"], row["target"]) for row in rows] == [("dense", 1.0), ("tome", 0.8), ("tome", 0.5), ("ltm", 0.8), ("ltm", 0.5)]
+    assert all(row["images"] == 100 and row["r"] == pytest.approx(row["target"], abs=0.05) for row in rows)
+    assert (tmp_path / "frontier.csv").read_text().count("\n") == 6
+
+    monkeypatch.setattr(evaluate.subprocess, "run", None)  # nothing is learned or evaluated twice
+    with pytest.raises(SystemExit):
+        evaluate.main(flags + ["--seeds", "1"])
+    assert capsys.readouterr().out == first and read(tmp_path / "frontier.json") == rows
+
+
+def test_frontier_points_are_means_over_seeds_with_their_spread():
+    rows = [{"method": "dense", "target": 1.0, "seed": 0, "r": 1.0, "top1": 90.0}]
+    rows += [{"method": "ltmp", "target": 0.5, "seed": seed, "r": 0.5 + 0.01 * seed, "top1": 88.0 + seed} for seed in (0, 1)]
+    points = evaluate.frontier_points(rows)
+    assert points["ltmp"] == [(0.5, pytest.approx(0.505), 88.5, 0.5)]
+    assert "88.50 +- 0.50 at 0.505" in evaluate.frontier_report(points)
+
+
+def test_fixed_count_is_the_nearest():
+    config = VARIANTS["deit_small_patch16_224"]
+    assert evaluate.fixed_count(config, 1.0) == 0
+    for target in (0.3, 0.5, 0.75):
+        count = evaluate.fixed_count(config, target)
+        error = []
+        for other in (count - 1, count, count + 1):
+            model = create_model("deit_tiny_patch16_224", "topk", r=other, dim=24)
+            with torch.inference_mode():
+                kept = model.eval()(torch.randn(1, 3, 224, 224))[1]
+            error.append(abs(flops.flops_ratio(kept, config).item() - target))
+        assert error[1] == min(error)
+
+
+def test_the_benchmark_compares_like_with_like(tmp_path):
+    evaluate.main(["--benchmark", "--batch-sizes", "1", "3", "--repeats", "1", "--share", "0.2", "--json", str(tmp_path / "rows.json")])
+    rows = read(tmp_path / "rows.json")
+    assert [(row["what"], row["images"]) for row in rows] == [("inference", 1), ("inference", 3), ("training", 16)]
+    assert all(0.05 < row["r"] < 0.6 and row["efficiency"] == pytest.approx(row["dense ms"] / row["reduced ms"] * row["r"]) for row in rows)
+
+
+def test_shares_are_what_each_block_removes():
+    model = demo_model("ltmp")
+    images = torch.stack([data.subset(evaluate.still(data.open_split(None, "val"), model), 8)[i][0] for i in range(8)])
+    evaluate.set_shares(model, images, 0.25)
+    with torch.inference_mode():
+        kept = model.eval()(images)[1].mean(1)
+    left = torch.cat([torch.tensor([197.0]), kept])
+    assert ((left[1:6] - 1) / (left[:5] - 1)).tolist() == pytest.approx([0.875 * 0.75] * 5, abs=0.03)  # a quarter of half, then a quarter
+
+
 @pytest.mark.parametrize("flags, message", [
     (["--data", "nowhere"], "no data folder at nowhere"),
     (["--weights", "nowhere.pth"], "no checkpoint at nowhere.pth"),
