@@ -6,6 +6,7 @@
 """
 
 import argparse
+import atexit
 import ctypes
 import json
 import os
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 import data
 import ltmp
@@ -75,8 +77,28 @@ def default_model(args):
     return args.model or ("deit_small_patch16_224" if args.data else "demo")
 
 
+def processes():
+    """(rank, count) of the processes that work together: those of torchrun, which meet at the first call, or (0, 1)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        atexit.register(dist.destroy_process_group)
+    return dist.get_rank(), dist.get_world_size()
+
+
+def total(tensor):
+    """The sum of a tensor over all processes, in place."""
+    if processes()[1] > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
 def find_device(name):
-    """torch.device by name. Raises ValueError where it is not there."""
+    """torch.device by name; of several processes each takes its own GPU. Raises ValueError where it is not there."""
+    if name == "cuda" and processes()[1] > 1:
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(name)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
@@ -103,7 +125,7 @@ def build_model(name, method, state, tau=0.1, r=None, num_classes=None, image_si
     found = len(state["head.weight"]) if "head.weight" in state else None
     model = ltmp.create_model(name, method, num_classes or found, tau, r, **changes)
     if num_classes and num_classes != found:
-        print(f"note: the head for {num_classes} classes is new (the weights have {found or 'none'}): train it with --method dense", file=sys.stderr)
+        say(f"note: the head for {num_classes} classes is new (the weights have {found or 'none'}): train it with --method dense")
     return ltmp.load_weights(model, state, new_head=num_classes is not None)
 
 
@@ -122,7 +144,7 @@ def still(dataset, model):
         raise ValueError(f"the data has {count} classes, the weights have {config.num_classes}: --num-classes {count} makes "
                          "a new head, to be trained with train.py --method dense")
     if count < config.num_classes:
-        print(f"note: the data has {count} classes, the weights have {config.num_classes}: labels are taken as their first {count}", file=sys.stderr)
+        say(f"note: the data has {count} classes, the weights have {config.num_classes}: labels are taken as their first {count}")
     dataset.transform = clean_transform(config)
     return dataset
 
@@ -151,6 +173,12 @@ def amp_context(device, amp):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def own_share(dataset):
+    """The items of a dataset that this one of several processes is to evaluate: each is somebody's, and one's alone."""
+    rank, count = processes()
+    return dataset if count == 1 else torch.utils.data.Subset(dataset, range(rank, len(dataset), count))
+
+
 def make_loader(dataset, args, device, **options):
     """A DataLoader with the workers that --workers says, or that suit the data; pinned memory on CUDA."""
     innermost = dataset
@@ -173,11 +201,12 @@ class Progress:
 
     def __init__(self, every=10):
         self.live, self.every, self.start, self.shown = sys.stderr.isatty(), every, time.time(), time.time()
+        self.silent = processes()[0] > 0
 
     def show(self, text, done, total):
         """Show text with the share done and an estimate of the time left."""
         now = time.time()
-        if now - self.shown < (0.1 if self.live else self.every) and done < total:
+        if self.silent or (now - self.shown < (0.1 if self.live else self.every) and done < total):
             return
         self.shown = now
         left = (now - self.start) / done * (total - done)
@@ -187,12 +216,20 @@ class Progress:
 
 def stop(message, code=2):
     """End the program with one line on stderr (code 2: bad input)."""
-    print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    say(f"{Path(sys.argv[0]).name}: {message}")
     sys.exit(code)
 
 
+def say(text, file=None):
+    """print, on stderr by default; of several processes only the first one speaks."""
+    if processes()[0] == 0:
+        print(text, file=file or sys.stderr)
+
+
 def write_file(path, text):
-    """Write under a temporary name, then rename: the file is whole at every moment."""
+    """Write under a temporary name, then rename: the file is whole at every moment. Only the first process writes."""
+    if processes()[0] > 0:
+        return
     Path(f"{path}.tmp").write_text(text)
     os.replace(f"{path}.tmp", path)
 
@@ -203,29 +240,27 @@ def write_file(path, text):
 
 @torch.inference_mode()
 def measure(model, loader, device, amp=None, name="evaluate"):
-    """Run inference, tokens really dropped, over a loader of (images, labels).
+    """Run inference, tokens really dropped, over a loader of (images, labels): of several processes each over its own.
 
     Returns a dict: top1, top5 (percent), flops_ratio (r per image, averaged), gflops (multiply-adds
-    per image / 1e9), kept (mean tokens after each block), images.
+    per image / 1e9), kept (mean tokens after each block), images. Raises ValueError without images.
     """
     model.eval()
-    hits, kept_sum, ratio_sum, images_seen = torch.zeros(2), torch.zeros(model.config.depth, dtype=torch.float64), 0.0, 0
+    sums = torch.zeros(4 + model.config.depth, dtype=torch.float64)  # images, top-1 hits, top-5 hits, r, tokens kept
     progress, batches = Progress(), len(loader)
     for step, (images, labels) in enumerate(loader, 1):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with amp_context(device, amp):
             logits, kept = model(images)  # (B, classes), (depth, B)
         best = logits.float().topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
-        hits += torch.stack([best[:, 0].sum(), best.sum()]).cpu()
         kept = kept.cpu().double()
-        kept_sum += kept.sum(1)
-        ratio_sum += flops_ratio(kept, model.config).item() * len(images)
-        images_seen += len(images)
-        progress.show(f"{name}: {images_seen} images, top-1 {100 * hits[0] / images_seen:.2f} %", step, batches)
-    top1, top5 = (100 * hits / images_seen).tolist()
-    ratio = ratio_sum / images_seen
-    return {"top1": top1, "top5": top5, "flops_ratio": ratio, "gflops": ratio * model_flops(model.config) / 1e9,
-            "kept": (kept_sum / images_seen).tolist(), "images": images_seen}
+        sums += torch.cat([torch.tensor([len(images), best[:, 0].sum(), best.sum(), flops_ratio(kept, model.config) * len(images)], dtype=torch.float64), kept.sum(1)])
+        progress.show(f"{name}: {int(sums[0])} images, top-1 {100 * sums[1] / sums[0]:.2f} %", step, batches)
+    images, top1, top5, ratio, *kept = total(sums).tolist()
+    if not images:
+        raise ValueError("no images to evaluate")
+    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "flops_ratio": ratio / images,
+            "gflops": ratio / images * model_flops(model.config) / 1e9, "kept": [tokens / images for tokens in kept], "images": int(images)}
 
 
 def measure_both(model, loader, device, amp=None):
@@ -501,11 +536,11 @@ def main(argv=None):
         if args.benchmark:
             rows = benchmark(model.to(device), still(val_set, model), args, device)
             return args.json and write_file(args.json, json.dumps(rows, indent=1))
-        loader = make_loader(data.subset(still(val_set, model), args.limit_val), args, device, batch_size=args.batch_size or 128)
+        loader = make_loader(own_share(data.subset(still(val_set, model), args.limit_val)), args, device, batch_size=args.batch_size or 128)
     except ValueError as error:
         stop(error)
     metrics = {"model": name, "method": model.method} | measure_both(model.to(device), loader, device, args.amp)
-    print(report(metrics, name, model.method))
+    say(report(metrics, name, model.method), sys.stdout)
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         write_file(args.json, json.dumps(metrics, indent=1))

@@ -4,6 +4,7 @@ import ast
 import csv
 import json
 import math
+import os
 import random
 import re
 import signal
@@ -937,6 +938,44 @@ def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
     metrics, found = read(tmp_path / "metrics.json"), read(tmp_path / "thresholds.json")
     assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.03)  # 200 images; on all of them it is closer
     assert {key for key in found if key.endswith("_thresholds")} == {f"{step}_thresholds" for step in METHODS[method]}
+
+
+def torchrun(processes, script, *flags):
+    """Run a script of the project under torchrun; what it wrote to stdout."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(Path(__file__).with_name(script)), *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("recipe, lr", [("paper", "0.05"), ("adaptive", "0.001")])
+def test_two_processes_learn_what_one_learns_with_twice_the_batch(tmp_path, recipe, lr):
+    flags = ["--recipe", recipe, "--limit-train", "49", "--limit-val", "101", "--target", "0.6", "--lr", "0.001", lr]  # odd: the last batch is one image
+    printed = torchrun(2, "train.py", *flags, "-b", "8", "--out", str(tmp_path / "two"))
+    train.main([*flags, "-b", "16", "--out", str(tmp_path / "one")])
+    assert printed.count("demo, ltmp, 101 validation images") == 1  # one of them speaks
+    one, two = (read(tmp_path / name / "thresholds.json") for name in ("one", "two"))
+    for step in ("merge", "prune"):
+        assert two[f"{step}_thresholds"] == pytest.approx(one[f"{step}_thresholds"], abs=1e-5)
+    assert max(abs(threshold - 0.9) for threshold in one["merge_thresholds"]) > 1e-3  # it did learn
+    one, two = (read(tmp_path / name / "metrics.json") for name in ("one", "two"))
+    assert two["images"] == one["images"] == 101 and two["dense_top1"] == one["dense_top1"]
+    assert two["flops_ratio"] == pytest.approx(one["flops_ratio"], abs=1e-3)
+    log = [[line.split(",") for line in (tmp_path / name / "log.csv").read_text().splitlines()[1:]] for name in ("one", "two")]
+    assert [len(lines) for lines in log] == [4, 4]
+    assert [float(x) for x in log[1][0][1:]] == pytest.approx([float(x) for x in log[0][0][1:]], rel=1e-4)
+
+
+def test_a_run_is_not_overwritten_in_silence(tmp_path, capsys):
+    flags = ["--limit-train", "32", "--limit-val", "10", "--method", "ltm", "--out", str(tmp_path)]
+    train.main(flags)
+    before = (tmp_path / "thresholds.json").read_bytes()
+    with pytest.raises(SystemExit) as stopped:
+        train.main(flags + ["--target", "0.5"])
+    assert stopped.value.code == 2 and "--overwrite" in capsys.readouterr().err.splitlines()[-1]
+    assert (tmp_path / "thresholds.json").read_bytes() == before
+    train.main(flags + ["--target", "0.5", "--overwrite"])
+    assert (tmp_path / "thresholds.json").read_bytes() != before
 
 
 def test_landing_is_exact_and_refuses_what_cannot_be():

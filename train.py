@@ -58,6 +58,7 @@ def parse_args(argv=None):
     parser.add_argument("--limit-train", type=evaluate.positive, metavar="N", help="train on N images, evenly spread (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
+    parser.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run already")
     args = parser.parse_args(argv)
     if args.patch_drop and args.method != "dense":
         parser.error("--patch-drop goes with --method dense")
@@ -109,7 +110,9 @@ def learn(model, train_set, args, device, scores=None, ranks=None):
 
     scores, ranks: as for set_ranks; if given, the ranks are what learns. They are changed in place.
     """
-    batches_per_epoch = math.ceil(len(train_set) / args.batch_size)
+    me, processes = evaluate.processes()
+    batch_size = args.batch_size * processes  # of all together
+    batches_per_epoch = math.ceil(len(train_set) / batch_size)
     total_steps = args.epochs * batches_per_epoch
     optimizer, schedule = make_optimizer(model, args, total_steps, ranks)
     thresholds = threshold_maskers(model)
@@ -126,32 +129,42 @@ def learn(model, train_set, args, device, scores=None, ranks=None):
     hook = model.blocks[0].register_forward_pre_hook(partial(drop_patches, args.patch_drop)) if args.patch_drop else None
 
     def save():
+        if me > 0:
+            return
         save_file(args.out / "last.pt", {name: part.state_dict() for name, part in parts.items()}
                   | {"step": step, "log": log, "ranks": [rank.item() for rank in ranks or []], "settings": settings(args)})
         evaluate.write_file(args.out / "log.csv", "\n".join(log) + "\n")
 
     interrupted = []  # Ctrl-C ends the step that runs, saves, and stops; a second one stops at once
-    previous = signal.signal(signal.SIGINT, lambda *_: interrupted.append(signal.signal(signal.SIGINT, previous)))
+    previous = {number: signal.signal(number, lambda number, _: interrupted.append(signal.signal(number, previous[number])))
+                for number in (signal.SIGINT, signal.SIGTERM)}
     model.train()
     progress, saved_at, first = evaluate.Progress(), time.time(), step
     while step < total_steps:
         epoch, done = divmod(step, batches_per_epoch)
-        batches = data.epoch_batches(len(train_set), args.batch_size, epoch, args.seed)[done:]
-        for images, labels in evaluate.make_loader(train_set, args, device, batch_sampler=batches):
+        batches = data.epoch_batches(len(train_set), batch_size, epoch, args.seed)[done:]
+        own = [batch[me::processes] or batch[:1] for batch in batches]  # where there are fewer images than processes, one that does not count
+        for batch, (images, labels) in zip(batches, evaluate.make_loader(train_set, args, device, batch_sampler=own)):
+            weight = len(batch[me::processes]) / len(batch)  # of this process in the mean over the batch
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             torch.manual_seed(args.seed + step)  # what a step draws depends on the step alone
             if hook and step >= 0.75 * total_steps:
                 hook.remove()
             with evaluate.amp_context(device, args.amp):
                 logits, kept = model(images)  # (B, classes), (depth, B)
-            ratio = flops_ratio(kept, model.config)
-            cross_entropy = F.cross_entropy(logits.float(), labels, label_smoothing=0.1)
-            loss = cross_entropy + (args.reg_weight * (ratio - args.target) ** 2 if thresholds else 0)
-            if not math.isfinite(loss.item()):
+            cross_entropy = F.cross_entropy(logits.float(), labels, label_smoothing=0.1) * weight
+            ratio, hits = flops_ratio(kept, model.config) * weight, (logits.argmax(1) == labels).float().mean() * weight
+            flag = torch.full_like(hits, len(interrupted))
+            all_entropy, r, top1, stopped = evaluate.total(torch.stack([cross_entropy.detach(), ratio.detach(), hits, flag])).tolist()
+            distance = r - args.target + (ratio - ratio.detach())  # over all processes, with the gradient of this one's images
+            loss = cross_entropy + (args.reg_weight * distance**2 if thresholds else 0)
+            all_loss = all_entropy + (args.reg_weight * (r - args.target) ** 2 if thresholds else 0)
+            if not math.isfinite(all_loss):
                 save()
-                evaluate.stop(f"the loss is {loss.item()} at step {step + 1}; last.pt holds the state before it", 1)
+                evaluate.stop(f"the loss is {all_loss} at step {step + 1}; last.pt holds the state before it", 1)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
+            add_up([p.grad for p in model.parameters() if p.grad is not None])
             for rank, (kind, masker) in zip(ranks or [], thresholds):  # a higher rank: less similar ones merge, more important ones go
                 rank.grad = -masker.threshold.grad if kind == "merge" else masker.threshold.grad.clone()
                 masker.threshold.grad = None
@@ -170,18 +183,33 @@ def learn(model, train_set, args, device, scores=None, ranks=None):
                     masker.threshold.data.clamp_(0, 1)
             step += 1
 
-            loss, r, top1 = loss.item(), ratio.item(), 100 * (logits.argmax(1) == labels).float().mean().item()
-            log.append(f"{step},{loss:.6f},{cross_entropy.item():.6f},{r:.6f},{top1:.3f}")
-            speed = (step - first) * args.batch_size / (time.time() - progress.start)
-            goal = f"r {r:.3f} (target {args.target:g})" if thresholds else f"top-1 {top1:.1f} %"
-            progress.show(f"train: step {step}/{total_steps}, {speed:.0f} images/s, loss {loss:.3f}, {goal}", step - first, total_steps - first)
-            if interrupted or time.time() - saved_at > 60:
+            log.append(f"{step},{all_loss:.6f},{all_entropy:.6f},{r:.6f},{100 * top1:.3f}")
+            speed = (step - first) * batch_size / (time.time() - progress.start)
+            goal = f"r {r:.3f} (target {args.target:g})" if thresholds else f"top-1 {100 * top1:.1f} %"
+            progress.show(f"train: step {step}/{total_steps}, {speed:.0f} images/s, loss {all_loss:.3f}, {goal}", step - first, total_steps - first)
+            if stopped or time.time() - saved_at > 60:
                 save()
                 saved_at = time.time()
-            if interrupted:
+            if stopped:
                 evaluate.stop(f"stopped after step {step} of {total_steps}; the same command with --resume goes on from there", 130)
-    signal.signal(signal.SIGINT, previous)
+    for number, handler in previous.items():
+        signal.signal(number, handler)
     save()
+
+
+def add_up(tensors):
+    """Replace each of the tensors by its sum over all processes."""
+    if evaluate.processes()[1] > 1:
+        flat = evaluate.total(torch.cat([t.flatten() for t in tensors]))
+        for t, found in zip(tensors, flat.split([t.numel() for t in tensors])):
+            t.copy_(found.view_as(t))
+
+
+def agree(tensors):
+    """Give all processes the tensors of the first."""
+    if evaluate.processes()[1] > 1:
+        for t in tensors:
+            torch.distributed.broadcast(t, 0)
 
 
 def threshold_maskers(model):
@@ -266,8 +294,8 @@ def land(model, batches, scores, ranks, target, tolerance=0.002):
 
 def settings(args):
     """What must be the same when a run is resumed."""
-    return {name: value for name, value in vars(args).items()
-            if name not in ("resume", "out", "workers", "device", "limit_val")}
+    return {"processes": evaluate.processes()[1]} | {name: value for name, value in vars(args).items()
+            if name not in ("resume", "overwrite", "out", "workers", "device", "limit_val")}
 
 
 def load_checkpoint(args):
@@ -308,6 +336,8 @@ def main(argv=None):
     name = args.model
     try:
         device = evaluate.find_device(args.device)
+        if (args.out / "last.pt").exists() and not args.resume and not args.overwrite:
+            raise ValueError(f"{args.out} holds a run already: --resume goes on with it, --out DIR begins another, --overwrite replaces it")
         train_set, val_set = (evaluate.open_split(args, split) for split in ("train", "val"))
         if train_set.classes != val_set.classes:
             odd = sorted(set(train_set.classes) ^ set(val_set.classes))
@@ -334,23 +364,26 @@ def main(argv=None):
             with evaluate.amp_context(device, args.amp):
                 scores = scores_of(model, batches[0])
                 ranks = [torch.zeros(1, device=device) for _ in threshold_maskers(model)]
-                print(f"start: r = {land(model, batches[:2], scores, ranks, args.target, 0.01):.3f}", file=sys.stderr)
+                evaluate.say(f"start: r = {land(model, batches[:2], scores, ranks, args.target, 0.01):.3f}")
             for masker, found in scores.items():
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
+            agree(ranks + [masker.threshold.data for masker in scores])
             learn(model, augmented, args, device, scores, ranks)
             with evaluate.amp_context(device, args.amp):
-                print(f"landing: r = {land(model, batches, scores, ranks, args.target):.3f} on {len(plain)} training images", file=sys.stderr)
-            saved = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
-            save_file(args.out / "last.pt", saved | {"model": model.state_dict(), "ranks": [rank.item() for rank in ranks]})
+                evaluate.say(f"landing: r = {land(model, batches, scores, ranks, args.target):.3f} on {len(plain)} training images")
+            agree(ranks + [masker.threshold.data for masker in scores])
+            if evaluate.processes()[0] == 0:
+                saved = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
+                save_file(args.out / "last.pt", saved | {"model": model.state_dict(), "ranks": [rank.item() for rank in ranks]})
     except ValueError as error:
         evaluate.stop(error)
     if model.method != "dense":
         evaluate.write_file(args.out / "thresholds.json", json.dumps(result(model, name, args, len(augmented)), indent=1))
     goal = {} if model.method == "dense" else {"target": args.target}
     metrics = {"model": name, "method": model.method} | goal | evaluate.measure_both(
-        model, evaluate.make_loader(val_set, args, device, batch_size=args.batch_size), device, args.amp)
+        model, evaluate.make_loader(evaluate.own_share(val_set), args, device, batch_size=args.batch_size), device, args.amp)
     evaluate.write_file(args.out / "metrics.json", json.dumps(metrics, indent=1))
-    print(evaluate.report(metrics, name, model.method))
+    evaluate.say(evaluate.report(metrics, name, model.method), sys.stdout)
 
 
 if __name__ == "__main__":
