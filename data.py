@@ -100,6 +100,15 @@ def to_tensor(image, mean, std):
 # Datasets
 
 
+def open_image(path):
+    """The image in a file as a PIL image in RGB. Raises ValueError where there is none."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"cannot read the image {path}: {error}") from None
+
+
 class ImageFolder(torch.utils.data.Dataset):
     """Images under root/CLASS/**, classes and files in the order of torchvision's ImageFolder.
 
@@ -128,11 +137,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         path, label = self.samples[index]
-        try:
-            with Image.open(path) as image:
-                image = image.convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise ValueError(f"cannot read the image {path}: {error}") from None
+        image = open_image(path)
         return (self.transform(image) if self.transform else image), label
 
 

@@ -3,12 +3,16 @@
     python evaluate.py                                            the demo and its learned thresholds
     python evaluate.py --data /imagenet --model deit_small_patch16_224 --thresholds out/thresholds.json
     python evaluate.py --method tome --r 8                        the same ViT with a fixed count instead
+    python evaluate.py --picture photo.jpg                        what becomes of its patches, block by block
+    python evaluate.py --benchmark                                is it as fast as the FLOPs promise?
+    python evaluate.py --frontier out/frontier                    accuracy against FLOPs, all methods
 """
 
 import argparse
 import atexit
 import ctypes
 import json
+import math
 import os
 import re
 import signal
@@ -19,8 +23,10 @@ import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from PIL import Image, ImageDraw, ImageFont
 
 import data
 import ltmp
@@ -270,14 +276,279 @@ def measure_both(model, loader, device, amp=None):
     return reduced | {f"dense_{key}": dense[key] for key in ("top1", "top5", "gflops")}
 
 
-def report(metrics, name, method):
-    """The five lines that say what came out."""
+def report(metrics, name, method, tokens=None):
+    """The lines that say what came out. tokens: those of the dense model, to draw the kept ones as bars beside."""
     kept, target = metrics["kept"], f" (target {metrics['target']:g})" if "target" in metrics else ""
+    counts = f": {' '.join(f'{count:.0f}' for count in kept)}" if tokens is None else f", of {tokens}\n{bars(kept, tokens)}"
     return (f"{name}, {method}, {metrics['images']} validation images\n"
             f"  dense    top-1 {metrics['dense_top1']:6.2f} %   top-5 {metrics['dense_top5']:6.2f} %   {metrics['dense_gflops']:.3g} GFLOPs per image\n"
             f"  reduced  top-1 {metrics['top1']:6.2f} %   top-5 {metrics['top5']:6.2f} %   {metrics['gflops']:.3g} GFLOPs per image\n"
             f"  r = {metrics['flops_ratio']:.3f}{target}: {100 - 100 * metrics['flops_ratio']:.1f} % fewer FLOPs, top-1 changes by {metrics['top1'] - metrics['dense_top1']:+.2f} points\n"
-            f"  tokens after each block: {' '.join(f'{tokens:.0f}' for tokens in kept)}")
+            f"  tokens after each block{counts}")
+
+
+def bars(kept, tokens, width=50):
+    """Tokens after each block as lines of text: a bar of `width` characters for all `tokens`."""
+    return "\n".join(f"  {i:>4} {'#' * round(width * count / tokens):<{width}} {count:.0f}" for i, count in enumerate(kept, 1))
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures: which patches became one token, which were dropped, in which block
+
+INK, FADED, LINE, PAPER, BLANK = (30, 30, 30), (110, 110, 110), (200, 200, 200), (255, 255, 255), (205, 215, 235)
+GREEN, RED, BLUE, SHADE = (0, 120, 40), (200, 20, 20), (0, 90, 180), (200, 225, 245)
+WIDTH, GAP = 850, 10  # pixels: a README's width, and what lies between two panels
+OUTLINES = np.array([(0, 200, 255), (255, 0, 150), (255, 225, 0), (90, 225, 0), (255, 120, 0), (170, 110, 255), (255, 60, 60), (0, 225, 170)], np.uint8)
+
+
+def pixels_of(image, config):
+    """What the model sees, as pixels again: (3, S, S) normalized -> (S, S, 3) uint8."""
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.mean, config.std))
+    return (image.cpu() * std + mean).mul(255).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+
+
+def scaled(pixels, side):
+    """pixels (S, S, 3) uint8 -> (side, side, 3): whole pixels where it grows, averages where it shrinks."""
+    how = Image.Resampling.NEAREST if side >= len(pixels) else Image.Resampling.BOX
+    return np.array(Image.fromarray(pixels).resize((side, side), how))
+
+
+def token_picture(pixels, held_by, cell):
+    """Draw the state after a block, each patch as a square of `cell` pixels.
+
+    A token of one patch shows its pixels; the patches of a merged token have their mean colour and, wherever
+    a patch beside them is not of the same token, an outline in a colour of its own; what was dropped is BLANK.
+
+    pixels (S, S, 3) uint8, held_by (G, G): the token that holds each patch, -1 for none -> (G cell, G cell, 3) uint8.
+    """
+    G, patch = len(held_by), len(pixels) // len(held_by)
+    _, first, token, count = np.unique(held_by, return_index=True, return_inverse=True, return_counts=True)
+    token = token.reshape(G, G)  # numbers from 0 on; first, count: its first patch, and how many it has
+    patches = pixels.reshape(G, patch, G, patch, 3).mean((1, 3))  # (G, G, 3)
+    mean = np.stack([np.bincount(token.ravel(), patches[..., c].ravel()) for c in range(3)], 1) / count[:, None]  # (tokens, 3)
+    colour = OUTLINES[(first % G + 3 * (first // G)) % len(OUTLINES)]  # (tokens, 3); those close by seldom share one
+
+    spread = lambda values: values.repeat(cell, 0).repeat(cell, 1)  # (G, G) -> (G cell, G cell)
+    side, owner = G * cell, spread(np.where(held_by < 0, -1, token))
+    merged, dropped = spread(count[token] > 1) & (owner >= 0), owner < 0
+    picture = scaled(pixels, side)
+    picture[merged] = mean.round()[owner[merged]]
+    picture[dropped] = BLANK
+
+    thick = 2 if cell >= 10 else 1
+    beyond = np.pad(owner, thick, constant_values=-1)
+    differs = lambda y, x: beyond[thick + y : thick + y + side, thick + x : thick + x + side] != owner
+    grid, dark = differs(-1, 0) | differs(0, -1), spread((patches.mean(2) < 128) & (held_by >= 0))
+    picture[grid] = 0.65 * picture[grid] + 90 * dark[grid][:, None]  # thin: lighter on dark patches, darker on light ones
+    steps = range(-thick, thick + 1)
+    outline = merged & np.any([differs(y, x) for y in steps for x in steps], 0)
+    picture[outline] = colour[owner[outline]]
+    return picture
+
+
+def write(draw, x, y, text, size=13, fill=INK, width=math.inf, anchor="la"):
+    """Text on a drawing, cut where it would be wider than `width` pixels. anchor: Pillow's, of (x, y)."""
+    font = ImageFont.load_default(size)
+    while draw.textlength(text, font) > width:
+        text = text.removesuffix("...")[:-1] + "..."
+    draw.text((x, y), text, fill, font, anchor)
+
+
+def panel(sheet, x, y, array, left="", right=""):
+    """Put a picture (H, W, 3) on the sheet at (x, y) in a thin frame, with captions above its corners."""
+    draw, width = ImageDraw.Draw(sheet), array.shape[1]
+    sheet.paste(Image.fromarray(array), (x, y))
+    draw.rectangle((x - 1, y - 1, x + width, y + len(array)), outline=LINE)
+    write(draw, x, y - 5, left, anchor="ls")
+    write(draw, x + width, y - 5, right, anchor="rs")
+
+
+def strip(pixels, held_by, kept, lines):
+    """One image on its way through the blocks, as a PIL image.
+
+    pixels (S, S, 3) uint8, held_by (depth, patches), kept (depth,) of that image, lines: what to write beside it.
+    """
+    depth, G = len(held_by), math.isqrt(held_by.shape[1])
+    cell, columns = max(6, (WIDTH - 5 * GAP) // 4 // G), 4
+    step, top = max(G * cell + 2, (WIDTH - 5 * GAP) // columns) + GAP, GAP + 20
+    rise = G * cell + GAP + 24  # from row to row
+    sheet = Image.new("RGB", (columns * step + GAP, top + rise * (1 + math.ceil(depth / columns)) - 20), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    alone = np.arange(G * G).reshape(G, G)
+    panel(sheet, GAP, top, scaled(pixels, G * cell), "input, as the model sees it")
+    panel(sheet, GAP + step, top, token_picture(pixels, alone, cell), f"{G * G} patches", f"{G * G + 1} tokens")
+    for i in range(depth):
+        x, y = GAP + i % columns * step, top + rise * (1 + i // columns)
+        panel(sheet, x, y, token_picture(pixels, held_by[i].reshape(G, G), cell), f"block {i + 1}", f"{kept[i]:.0f} tokens")
+
+    x, width = GAP + 2 * step, 2 * step - GAP
+    for i, line in enumerate([*lines, f"{kept[-1]:.0f} of {G * G + 1} tokens are left, the class token among them"]):
+        write(draw, x, top - 5 + (20 * i + 4 if i else 0), line, 17 if i == 0 else 14, FADED if i == 1 else INK, width)
+    corner, sample = (G // 2 - 1) * len(pixels) // G, 2 * len(pixels) // G
+    sample = pixels[corner : corner + sample, corner : corner + sample]  # two by two patches from the middle
+    for i, (held, text) in enumerate((([0, 1, 2, 3], "patches, each still a token of its own"),
+                                      ([0, 0, 0, 0], "patches of one token: their mean colour, outlined"),
+                                      ([-1] * 4, "dropped patches"))):
+        y = top + G * cell - 68 + 24 * i
+        panel(sheet, x + 1, y, token_picture(sample, np.array(held).reshape(2, 2), 10))
+        write(draw, x + 30, y + 10, text, 14, INK, width - 30, "lm")
+    return sheet
+
+
+def class_name(classes, index):
+    """classes: the names that are known."""
+    return classes[index] if index < len(classes) else f"class {index}"
+
+
+def save_picture(sheet, path):
+    """Write a PIL image as PNG, whatever the file is called."""
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        sheet.save(path, "PNG", optimize=True)
+    except OSError as error:
+        stop(f"cannot write {path}: {error}")
+
+
+@torch.inference_mode()
+def draw_pictures(args, device):
+    """A strip of each file in --picture, written to --out as NAME_tokens.png. Raises ValueError for what is no image."""
+    if args.gallery or args.chart or args.json:
+        raise ValueError("--picture draws instead of evaluating: --gallery, --chart and --json go without it")
+    opened = [data.open_image(path) for path in args.picture]
+    model, name = chosen_model(args)
+    model, dense, config = model.to(device).eval(), dense_twin(model.to(device)).eval(), model.config
+    classes = open_split(args, "val").classes if args.data else data.FASHION_CLASSES if name == "demo" and not args.weights else []
+    written = []
+    for path, image in zip(args.picture, opened):
+        image = clean_transform(config)(image)  # (3, S, S)
+        with amp_context(device, args.amp):
+            logits, kept, held_by = model(image[None].to(device), trace=True)  # (1, classes), (depth, 1), (depth, 1, patches)
+            whole, _ = dense(image[None].to(device))
+        r = flops_ratio(kept.double().cpu(), config).item()
+        lines = [Path(path).name, f"{name}, {model.method}", f"r = {r:.3f}: {100 - 100 * r:.1f} % fewer FLOPs than dense"]
+        for way, output in (("dense", whole), ("reduced", logits)) if config.num_classes else ():
+            probability, index = output[0].float().softmax(0).max(0)
+            lines.append(f"{way}: {class_name(classes, index)}, {100 * probability:.1f} %")
+        target = args.out / f"{Path(path).stem}_tokens.png"
+        if target in written:  # of the same name in another folder
+            target = target.with_stem(f"{target.stem}_{len(written) + 1}")
+        save_picture(strip(pixels_of(image, config), held_by[:, 0].cpu().numpy(), kept[:, 0].tolist(), lines), target)
+        written.append(target)
+        print(target)
+
+
+@torch.inference_mode()
+def image_by_image(model, loader, device, amp=None, name="images"):
+    """What inference does with each image: kept (depth, images), the class given, its probability and the label (images,) each."""
+    model.eval()
+    progress, found = Progress(), []
+    for step, (images, labels) in enumerate(loader, 1):
+        with amp_context(device, amp):
+            logits, kept = model(images.to(device))  # (B, classes), (depth, B)
+        probability, given = logits.float().softmax(1).max(1)
+        found.append((kept.double().cpu(), given.cpu(), probability.cpu(), labels))
+        progress.show(f"{name}: {step} of {len(loader)} batches", step, len(loader))
+    return [torch.cat(part, -1) for part in zip(*found)]
+
+
+@torch.inference_mode()
+def gallery(model, dataset, classes, dense, reduced, title):
+    """The images of a dataset where most and least is saved, and those whose prediction changes, as one PIL image.
+
+    classes: their names; dense, reduced: what image_by_image found for the two.
+    """
+    config, (kept, given, probability, labels), (_, before, dense_probability, _) = model.config, reduced, dense
+    r = model_flops(config, kept) / model_flops(config)  # (images,)
+    order, changed = r.argsort(stable=True).tolist(), (given != before).nonzero()[:, 0].tolist()
+    changed.sort(key=lambda i: -dense_probability[i])
+    right = [int((guess == labels)[changed].sum()) for guess in (before, given)]
+    sections = [("Fewest tokens kept", order[:4]), ("Most tokens kept", order[:-5:-1]),
+                (f"Prediction changed: {len(changed)} of {len(r)} images ({right[0]} right before, {right[1]} after), the surest first", changed[:8])]
+    G = config.image_size // config.patch_size
+    cell = max(4, 98 // G)
+    step, rise = max(2 * G * cell + 4, (WIDTH - 5 * GAP) // 4) + GAP, G * cell + 80
+    rows = sum(math.ceil(len(chosen) / 4) for _, chosen in sections)
+    sheet = Image.new("RGB", (4 * step + GAP, 42 + 26 * len(sections) + rise * rows), PAPER)
+    draw, y = ImageDraw.Draw(sheet), 62
+    write(draw, GAP, 10, title, 17)
+    write(draw, GAP, 36, f"Each image, and its tokens after block {config.depth}. r: FLOPs as a share of dense, {r.mean():.3f} on average. "
+          "Predictions: green is right, red is wrong.", 13, FADED)
+    for heading, chosen in sections:
+        write(draw, GAP, y, heading, 15)
+        y += 26
+        for k, i in enumerate(chosen):
+            x, image = GAP + k % 4 * step, dataset[i][0]
+            held_by = model(image[None].to(next(model.parameters()).device), trace=True)[2][-1, 0].reshape(G, G).cpu().numpy()
+            pixels = pixels_of(image, config)
+            panel(sheet, x, y, scaled(pixels, G * cell))
+            panel(sheet, x + G * cell + 4, y, token_picture(pixels, held_by, cell))
+            write(draw, x, y + G * cell + 6, f"r = {r[i]:.3f}, {kept[-1, i]:.0f} tokens")
+            for line, (way, guess, sure) in enumerate((("dense", before, dense_probability), ("reduced", given, probability)), 1):
+                write(draw, x, y + G * cell + 6 + 18 * line, f"{way}: {class_name(classes, guess[i])}, {100 * sure[i]:.0f} %",
+                      13, GREEN if guess[i] == labels[i] else RED, step - GAP)
+            y += rise if k % 4 == 3 or k == len(chosen) - 1 else 0
+    return sheet
+
+
+def ticks(low, high):
+    """Round numbers from low or below to high or above, two to six steps."""
+    span = high - low or abs(high) or 1
+    step = 10 ** math.floor(math.log10(span / 2))
+    step *= next(factor for factor in (1, 2, 5) if span / (factor * step) <= 5)
+    return [step * i for i in range(math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9) + 1)]
+
+
+def plot(draw, box, title, note, values, band=None, limits=()):
+    """Draw one value per block as a line with dots; band: lists (low, high) to shade between.
+
+    box (left, top, right, bottom) in pixels; limits: numbers that the axis must include.
+    """
+    left, top, right, bottom = box
+    marks = ticks(*(f([*values, *limits, *(v for side in band or () for v in side)]) for f in (min, max)))
+    place = lambda i, v: (left + (right - left) * (i + 0.5) / len(values), bottom - (bottom - top) * (v - marks[0]) / (marks[-1] - marks[0] or 1))
+    write(draw, left, top - 42, title, 15)
+    write(draw, left, top - 22, note, 12, FADED)
+    for mark in marks:
+        y = place(0, mark)[1]
+        draw.line((left, y, right, y), LINE)
+        write(draw, left - 6, y, f"{mark:.6g}", 12, FADED, anchor="rm")
+    if band:
+        draw.polygon([place(i, v) for i, v in enumerate(band[0])] + [place(i, v) for i, v in enumerate(band[1])][::-1], SHADE)
+    points = [place(i, v) for i, v in enumerate(values)]
+    draw.line(points, BLUE, 2)
+    for i, (x, y) in enumerate(points):
+        draw.ellipse((x - 3, y - 3, x + 3, y + 3), BLUE)
+        if i % math.ceil(len(values) / 12) == 0:
+            write(draw, x, bottom + 6, str(i + 1), 12, FADED, anchor="ma")
+    write(draw, (left + right) / 2, bottom + 24, "block", 12, FADED, anchor="ma")
+
+
+def chart(model, kept, title):
+    """The thresholds of every block, as far as the method learns any, and its kept tokens (depth, images), as a PIL image."""
+    notes = {"merge": "more similar than this: merge", "prune": "not more important than this: drop"}
+    plots = [(f"{step} threshold", note, [getattr(block, f"{step}_masker").threshold.item() for block in model.blocks])
+             for step, note in notes.items() if hasattr(getattr(model.blocks[0], f"{step}_masker", None), "threshold")]
+    low, high = torch.quantile(kept, torch.tensor([0.05, 0.95], dtype=kept.dtype), dim=1).tolist()
+    plots.append(("tokens kept", "mean; shaded: 5th to 95th percentile", kept.mean(1).tolist(), (low, high), (0, model.config.num_tokens)))
+    sheet = Image.new("RGB", (WIDTH, 320), PAPER)
+    draw, width = ImageDraw.Draw(sheet), WIDTH // len(plots)
+    write(draw, GAP, 10, title, 17)
+    for i, parts in enumerate(plots):
+        plot(draw, (i * width + 56, 90, (i + 1) * width - GAP, 270), *parts)
+    return sheet
+
+
+def draw_overview(model, loader, classes, args, device, name):
+    """The sheets that --gallery and --chart ask for."""
+    reduced = image_by_image(model, loader, device, args.amp, "image by image")
+    title = f"{name}, {model.method}: {len(loader.dataset)} validation images"
+    if processes()[1] > 1:
+        stop("--gallery and --chart want one process")
+    if args.chart:
+        save_picture(chart(model, reduced[0], title), args.chart)
+    if args.gallery:
+        dense = image_by_image(dense_twin(model), loader, device, args.amp, "dense, image by image")
+        save_picture(gallery(model, loader.dataset, classes, dense, reduced, title), args.gallery)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -509,20 +780,31 @@ def main(argv=None):
     parser.add_argument("--thresholds", metavar="FILE", help="thresholds.json from training (default: those in the checkpoint; the demo's own)")
     parser.add_argument("--r", type=int, nargs="+", metavar="N", help="tokens that tome or topk removes per block: one number, or one per block")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there")
-    parser.add_argument("--frontier", metavar="DIR", help="top-1 against r of every method: learn thresholds for --targets by train.py, evaluate, "
-                        "and write a table and a plot there; goes on where it was stopped")
-    parser.add_argument("--targets", type=share, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], metavar="R", help="of --frontier (default: 0.3 0.4 ... 0.9)")
-    parser.add_argument("--methods", choices=[m for m in ltmp.METHODS if m != "dense"], nargs="+", default=["ltmp", "ltm", "ltp", "ltpm", "tome", "topk"],
-                        metavar="METHOD", help="of --frontier (default: all six)")
-    parser.add_argument("--seeds", type=positive, default=3, metavar="N", help="of --frontier: runs for each method and target (default: %(default)s)")
-    parser.add_argument("--limit-train", type=positive, metavar="N", help="of --frontier: learn on N images, evenly spread (default: all)")
-    parser.add_argument("--benchmark", action="store_true", help="time and memory, dense with torch's fused attention against reduced")
-    parser.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 8, 32, 64], metavar="N", help="of --benchmark, images (default: 1 8 32 64)")
-    parser.add_argument("--share", type=share, metavar="SHARE", help="with --benchmark: no --thresholds, but each merges or prunes this share of what it meets")
-    parser.add_argument("--repeats", type=positive, default=7, metavar="N", help="of --benchmark; medians are shown (default: %(default)s)")
+    group = parser.add_argument_group("pictures")
+    group.add_argument("--picture", nargs="+", metavar="IMAGE", help="draw what becomes of these images' patches, block by block, "
+                       "instead of evaluating; needs no --data, which gives the names of the classes")
+    group.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for --picture: NAME_tokens.png for each (default: %(default)s)")
+    group.add_argument("--gallery", metavar="FILE.png", help="draw the validation images that keep fewest and most tokens, and those whose prediction changes")
+    group.add_argument("--chart", metavar="FILE.png", help="draw the thresholds and the kept tokens of every block")
+    group = parser.add_argument_group("speed")
+    group.add_argument("--benchmark", action="store_true", help="time and memory, dense with torch's fused attention against reduced")
+    group.add_argument("--batch-sizes", type=positive, nargs="+", default=[1, 8, 32, 64], metavar="N", help="images (default: 1 8 32 64)")
+    group.add_argument("--share", type=share, metavar="SHARE", help="no --thresholds, but each merges or prunes this share of what it meets")
+    group.add_argument("--repeats", type=positive, default=7, metavar="N", help="medians are shown (default: %(default)s)")
+    group = parser.add_argument_group("frontier")
+    group.add_argument("--frontier", metavar="DIR", help="top-1 against r of every method: learn thresholds for --targets by train.py, evaluate, "
+                       "and write a table and a plot there; goes on where it was stopped")
+    group.add_argument("--targets", type=share, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], metavar="R", help="(default: 0.3 0.4 ... 0.9)")
+    group.add_argument("--methods", choices=[m for m in ltmp.METHODS if m != "dense"], nargs="+", default=["ltmp", "ltm", "ltp", "ltpm", "tome", "topk"],
+                       metavar="METHOD", help="(default: all six)")
+    group.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs for each method and target (default: %(default)s)")
+    group.add_argument("--limit-train", type=positive, metavar="N", help="learn on N images, evenly spread (default: all)")
     args = parser.parse_args(argv)
     try:
         device = find_device(args.device)
+        if args.picture:
+            draw_pictures(args, device)
+            return
         val_set = open_split(args, "val")
         if args.frontier:
             name = default_model(args)
@@ -540,10 +822,12 @@ def main(argv=None):
     except ValueError as error:
         stop(error)
     metrics = {"model": name, "method": model.method} | measure_both(model.to(device), loader, device, args.amp)
-    say(report(metrics, name, model.method), sys.stdout)
+    say(report(metrics, name, model.method, model.config.num_tokens if sys.stdout.isatty() else None), sys.stdout)
     if args.json:
         Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         write_file(args.json, json.dumps(metrics, indent=1))
+    if args.gallery or args.chart:
+        draw_overview(model, loader, val_set.classes, args, device, name)
 
 
 if __name__ == "__main__":

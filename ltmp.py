@@ -79,6 +79,8 @@ VARIANTS = {
     "vit_small_patch16_224": AUGREG,
     "vit_base_patch16_224": replace(AUGREG, dim=768, heads=12),
     "vit_large_patch16_224": replace(AUGREG, dim=1024, depth=24, heads=16),
+    # DINOv2 has no head, and position embeddings for 518 pixels, which load_weights resizes.
+    "vit_small_patch14_dinov2": replace(DEIT, patch_size=14, num_classes=0, layer_scale=True, crop_pct=0.875),
     # A 0.6 M ViT for Fashion-MNIST: 14 x 14 patches of 2 x 2 pixels, the token grid of DeiT at 224.
     "demo": ViTConfig(28, 2, 64, 12, 4, 10, mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0),
 }

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -1131,3 +1131,229 @@ def test_the_readme_names_every_flag_that_it_uses():
         known |= set(re.findall(r'"(--?[a-z][a-z0-9-]*)"', (HERE / script).read_text() + (HERE / "evaluate.py").read_text()))
     for command in re.findall(r"python (?:train|evaluate|flops|data)\.py([^\n`]*)", text):
         assert set(re.findall(r"(?<= )--?[a-z][a-z-]*", command)) <= known, command
+
+
+# ---------------------------------------------------------------------------------------------
+# Pictures
+
+
+def assert_shows(picture, pixels, held_by, cell):
+    """The picture (G cell, G cell, 3) shows the map held_by (G, G) of pixels (S, S, 3) up to 200, in which no outline colour occurs."""
+    G, patch, thick = len(held_by), len(pixels) // len(held_by), 2 if cell >= 10 else 1
+    is_outline = lambda part: (part[..., None, :] == evaluate.OUTLINES).all(-1).any(-1)
+    patches = pixels.reshape(G, patch, G, patch, 3).swapaxes(1, 2)  # (G, G, patch, patch, 3)
+    cells = picture.reshape(G, cell, G, cell, 3).swapaxes(1, 2)
+    plain = evaluate.scaled(pixels, G * cell).reshape(G, cell, G, cell, 3).swapaxes(1, 2)
+    outside = np.pad(held_by, 1, constant_values=-1)  # nothing, as where tokens were dropped
+    inner, outlines = slice(thick, cell - thick), {}
+    for row, column in np.ndindex(G, G):
+        token, drawn = held_by[row, column], cells[row, column]
+        merged = token >= 0 and (held_by == token).sum() > 1
+        beside = {side: outside[row + 1 + y, column + 1 + x] != token
+                  for side, y, x in (("top", -1, 0), ("bottom", 1, 0), ("left", 0, -1), ("right", 0, 1))}
+        if token < 0:
+            expected = np.broadcast_to(evaluate.BLANK, drawn.shape)
+        elif merged:
+            expected = np.broadcast_to(patches[held_by == token].mean((0, 1, 2)).round(), drawn.shape)
+        else:
+            expected = plain[row, column]
+        assert np.abs(drawn[inner, inner] - expected[inner, inner].astype(float)).max() <= 1  # rounded from sums in another order
+        edges = {"top": drawn[:thick, inner], "bottom": drawn[-thick:, inner], "left": drawn[inner, :thick], "right": drawn[inner, -thick:]}
+        for side, edge in edges.items():  # an outline exactly where another token, or nothing, is beside a merged one
+            assert is_outline(edge).all() if merged and beside[side] else not is_outline(edge).any()
+        if not merged:  # the thin grid, on the first row and column of a cell
+            for side, edge, clean in (("top", drawn[0, inner], expected[0, inner]), ("left", drawn[inner, 0], expected[inner, 0])):
+                assert (edge != clean).any(-1).all() if beside[side] else (edge == clean).all()
+        elif is_outline(drawn).any():
+            outlines.setdefault(token, set()).update(map(tuple, drawn[is_outline(drawn)]))
+    assert all(len(colours) == 1 for colours in outlines.values())  # one token, one colour, wherever its patches lie
+
+
+@pytest.mark.parametrize("cell", [7, 12])
+def test_a_picture_shows_the_map_of_tokens(cell):
+    rng = np.random.default_rng(0)
+    for tokens in (1, 3, 12, 40):
+        pixels = rng.integers(1, 200, (24, 24, 3)).astype(np.uint8)
+        held_by = rng.integers(-1, tokens, (6, 6))
+        assert_shows(evaluate.token_picture(pixels, held_by, cell), pixels, held_by, cell)
+    ring = np.zeros((6, 6), int)
+    ring[2:4, 2:4] = -1  # one token around a hole
+    assert_shows(evaluate.token_picture(pixels, ring, cell), pixels, ring, cell)
+
+
+def demo_strip(monkeypatch, flags):
+    """Run evaluate.py --picture and return what each strip was drawn from: pixels, held_by, kept, lines and the sheet (H, W, 3)."""
+    drawn, strip = [], evaluate.strip
+
+    def record(*parts):
+        sheet = strip(*parts)
+        drawn.append((*parts, np.array(sheet)))
+        return sheet
+
+    monkeypatch.setattr(evaluate, "strip", record)
+    evaluate.main(["--picture", *map(str, flags)])
+    return drawn
+
+
+def test_picture_of_the_demo_shows_every_block(tmp_path, monkeypatch, capsys):
+    image = data.open_split(None, "val")[0][0]
+    image.save(tmp_path / "shirt.png")
+    [(pixels, held_by, kept, lines, sheet)] = demo_strip(monkeypatch, [tmp_path / "shirt.png", "--out", tmp_path / "new" / "out"])
+    written = tmp_path / "new" / "out" / "shirt_tokens.png"
+    assert capsys.readouterr().out.strip() == str(written)
+    assert np.array_equal(np.array(Image.open(written)), sheet) and 800 < sheet.shape[1] < 900 and written.stat().st_size < 300_000
+    assert np.array_equal(pixels, np.array(image))  # the normalisation is undone, to the bit
+
+    model = load_thresholds(demo_model("ltmp"), evaluate.DEMO_THRESHOLDS)
+    batch = evaluate.clean_transform(model.config)(image)[None]
+    with torch.inference_mode():
+        logits, counts, holders = model.eval()(batch, trace=True)
+        whole, _ = evaluate.dense_twin(model).eval()(batch)
+    assert np.array_equal(held_by, holders[:, 0]) and kept == counts[:, 0].tolist()
+    assert f"r = {flops.flops_ratio(counts.double(), model.config):.3f}" in lines[2]
+    for line, output in zip(lines[3:], (whole, logits), strict=True):
+        probability, index = output[0].softmax(0).max(0)
+        assert line.split(": ")[1] == f"{data.FASHION_CLASSES[index]}, {100 * probability:.1f} %"
+
+    places = [(0, 0)]  # the twelve states are on the sheet, in reading order
+    for i in range(12):
+        dim = np.minimum(pixels, 200)
+        state = held_by[i].reshape(14, 14)
+        assert [len(set(state[state >= 0])) + 1] == [kept[i]]
+        assert_shows(evaluate.token_picture(dim, state, 14), dim, state, 14)
+        panel = evaluate.token_picture(pixels, state, 14)
+        places.append(min((y, x) for y in range(len(sheet) - 195) for x in range(sheet.shape[1] - 195)
+                          if (y, x) > places[-1] and sheet[y, x : x + 196].tobytes() == panel[0].tobytes()
+                          and np.array_equal(sheet[y : y + 196, x : x + 196], panel)))
+    assert len({y for y, _ in places[1:]}) == 3
+
+
+def test_pictures_of_any_mode_size_and_name(tmp_path, monkeypatch, capsys):
+    pixels = np.random.default_rng(0).integers(0, 255, (300, 400, 3)).astype(np.uint8)
+    paths = []
+    for i, (mode, size, suffix) in enumerate([("L", (28, 28), "png"), ("P", (50, 30), "png"), ("RGBA", (31, 47), "png"), ("CMYK", (40, 40), "jpg"),
+                                              ("1", (9, 9), "png"), ("RGB", (1, 300), "png"), ("RGB", (300, 1), "bmp")]):
+        (tmp_path / str(i)).mkdir()
+        paths.append(tmp_path / str(i) / f"x.{suffix}")  # all are called x
+        Image.fromarray(pixels[: size[1], : size[0]]).convert(mode).save(paths[-1])
+    drawn = demo_strip(monkeypatch, [*paths, "--out", tmp_path])
+    written = capsys.readouterr().out.split()
+    assert len(drawn) == len(set(written)) == len(paths) and all(Image.open(path).format == "PNG" for path in written)
+    for path, (pixels, *_) in zip(paths, drawn):
+        image = evaluate.clean_transform(VARIANTS["demo"])(Image.open(path))
+        assert np.array_equal(pixels, ((image * 0.353 + 0.286) * 255).round().byte().permute(1, 2, 0))
+
+
+def test_pictures_of_a_model_without_head_and_of_other_classes(tmp_path, monkeypatch):
+    """The DINOv2 variant takes weights made for 518 pixels; --data names the classes that it knows."""
+    config = VARIANTS["vit_small_patch14_dinov2"]
+    assert evaluate.clean_transform(config).args[:2] == (224, 256) and config.layer_scale
+    torch.save(create_model("vit_small_patch14_dinov2", "dense", image_size=518).state_dict(), tmp_path / "dinov2.pth")
+    Image.new("RGB", (60, 50), (200, 100, 50)).save(tmp_path / "plain.png")
+    thresholds = {"method": "ltmp", "merge_thresholds": [0.9] * 12, "prune_thresholds": [0.0] * 12}
+    (tmp_path / "t.json").write_text(json.dumps(thresholds))
+    flags = [tmp_path / "plain.png", "--out", tmp_path]
+    [(_, held_by, kept, lines, _)] = demo_strip(monkeypatch, [*flags, "--model", "vit_small_patch14_dinov2", "--weights", tmp_path / "dinov2.pth",
+                                                              "--thresholds", tmp_path / "t.json"])
+    assert held_by.shape == (12, 256) and len(lines) == 3 and kept[-1] < 257
+    make_folder(tmp_path / "images", classes=("blue", "green", "red"))
+    common = [*flags, "--model", "demo", "--data", tmp_path / "images"]
+    [(*_, lines, _)] = demo_strip(monkeypatch, common)
+    names = [line.split(": ")[1].split(",")[0] for line in lines[3:]]
+    assert len(names) == 2 and all(re.fullmatch(r"blue|green|red|class [3-9]", name) for name in names)
+
+
+def texts_of(monkeypatch):
+    """The list that every text written on a drawing goes to from now on, with its colour."""
+    texts, write = [], evaluate.write
+
+    def record(draw, x, y, text, size=13, fill=evaluate.INK, *more, **named):
+        texts.append((text, fill))
+        write(draw, x, y, text, size, fill, *more, **named)
+
+    monkeypatch.setattr(evaluate, "write", record)
+    return texts
+
+
+def test_gallery_and_chart_of_the_demo(tmp_path, monkeypatch):
+    texts, plots, plot = texts_of(monkeypatch), [], evaluate.plot
+    monkeypatch.setattr(evaluate, "plot", lambda draw, box, *parts: (plots.append(parts), plot(draw, box, *parts)))
+    thresholds = {"method": "ltmp", "merge_thresholds": [0.98] * 12, "prune_thresholds": [0.005 + 0.0001 * i for i in range(12)]}
+    (tmp_path / "t.json").write_text(json.dumps(thresholds))
+    evaluate.main(["--thresholds", str(tmp_path / "t.json"), "--limit-val", "60", "-b", "7", "--json", str(tmp_path / "m.json"),
+                   "--gallery", str(tmp_path / "a" / "gallery.png"), "--chart", str(tmp_path / "chart.png")])
+    for path in (tmp_path / "a" / "gallery.png", tmp_path / "chart.png"):
+        assert Image.open(path).format == "PNG" and abs(Image.open(path).width - 850) < 50
+
+    model = load_thresholds(demo_model("ltmp"), thresholds).eval()
+    dense, val = evaluate.dense_twin(model).eval(), data.subset(data.open_split(None, "val", evaluate.clean_transform(model.config)), 60)
+    with torch.inference_mode():
+        runs = []  # logits (10,), kept (12, 1), the dense logits (10,), label of each
+        for image, label in val:
+            logits, kept = model(image[None])
+            runs.append((logits[0], kept, dense(image[None])[0][0], label))
+    r = [flops.flops_ratio(kept.double(), model.config).item() for _, kept, _, _ in runs]
+    changed = [i for i, (logits, _, whole, _) in enumerate(runs) if logits.argmax() != whole.argmax()]
+    assert 0 < len(changed) < 60
+    changed.sort(key=lambda i: -runs[i][2].softmax(0).max())
+    order = sorted(range(60), key=lambda i: r[i])
+    expected = []
+    for i in order[:4] + order[:-5:-1] + changed[:8]:
+        logits, kept, whole, label = runs[i]
+        expected.append((f"r = {r[i]:.3f}, {kept[-1, 0]:.0f} tokens", evaluate.INK))
+        for way, output in (("dense", whole), ("reduced", logits)):
+            expected.append((f"{way}: {data.FASHION_CLASSES[output.argmax()]}, {100 * output.softmax(0).max():.0f} %",
+                             evaluate.GREEN if output.argmax() == label else evaluate.RED))
+    assert [text for text in texts if re.match(r"r = |dense: |reduced: ", text[0])] == expected
+    assert any(f"{len(changed)} of 60 images" in text for text, _ in texts)
+
+    kept = torch.cat([kept for _, kept, _, _ in runs], 1).double().numpy()  # (12, 60)
+    assert [parts[0] for parts in plots] == ["merge threshold", "prune threshold", "tokens kept"]
+    assert plots[0][2] == pytest.approx([0.98] * 12) and plots[1][2] == pytest.approx(thresholds["prune_thresholds"])
+    assert plots[2][2] == pytest.approx(kept.mean(1)) and plots[2][2] == pytest.approx(read(tmp_path / "m.json")["kept"])
+    assert np.allclose(plots[2][3], np.percentile(kept, [5, 95], axis=1))
+
+
+@pytest.mark.parametrize("method, r, titles", [("ltp", None, ["prune threshold", "tokens kept"]), ("tome", 8, ["tokens kept"]), ("dense", None, ["tokens kept"])])
+def test_chart_of_other_methods(monkeypatch, method, r, titles):
+    texts = texts_of(monkeypatch)
+    evaluate.chart(create_model("demo", method, r=r), torch.full((12, 5), 150.0), "title")
+    assert [text for text, _ in texts if text.endswith((" threshold", " kept"))] == titles
+
+
+def test_plots_are_to_scale():
+    sheet = Image.new("RGB", (400, 300), evaluate.PAPER)
+    evaluate.plot(ImageDraw.Draw(sheet), (50, 50, 350, 250), "", "", [0.0, 1.0, 0.25], ([0, 0.6, 0], [0.1, 1, 0.4]))
+    for x, y in ((100, 250), (200, 50), (300, 200)):
+        assert sheet.getpixel((x, y)) == evaluate.BLUE
+    assert sheet.getpixel((200, 100)) == evaluate.SHADE and sheet.getpixel((200, 150)) != evaluate.SHADE
+    for low, high in ((0, 1), (0.9913, 0.9985), (0.00094, 0.0033), (0, 197), (0.9, 0.9), (0, 0), (5, 5.1)):
+        marks = evaluate.ticks(low, high)
+        assert marks[0] <= low + 1e-12 and marks[-1] >= high - 1e-12 and len(marks) <= 7 and np.allclose(np.diff(marks, 2), 0)
+
+
+def test_bars_of_the_tokens_kept_are_for_terminals(monkeypatch, capsys):
+    run = lambda: (evaluate.main(["--limit-val", "10"]), capsys.readouterr().out.splitlines())[1]
+    plain = run()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    live = run()
+    assert len(plain) == 5 and len(live) == 17 and live[:4] == plain[:4]
+    for i, (line, count) in enumerate(zip(live[5:], plain[4].split(": ")[1].split()), 1):
+        number, bar, shown = line.split()
+        assert (int(number), shown) == (i, count) and len(bar) == pytest.approx(50 * float(count) / 197, abs=1) and len(line) < 80
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["nowhere.png"], "cannot read the image "),
+    (["image.png", "no image.txt"], "cannot read the image "),
+    (["image.png", "--chart", "chart.png"], "--picture draws instead of evaluating"),
+    (["image.png", "--out", "no image.txt"], "cannot write "),
+    (["image.png", "--model", "vit_small_patch14_dinov2"], "no official weights are known"),
+])
+def test_a_picture_that_cannot_be_is_one_line(tmp_path, capsys, flags, message):
+    Image.new("L", (28, 28)).save(tmp_path / "image.png")
+    (tmp_path / "no image.txt").write_text("text")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(["--picture", *(str(tmp_path / flag) if "." in flag else flag for flag in flags)])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and message in printed.err and len(printed.err.strip().splitlines()) == 1 and not printed.out
