@@ -11,6 +11,7 @@
 import argparse
 import atexit
 import ctypes
+import difflib
 import json
 import math
 import os
@@ -40,12 +41,14 @@ DEMO_WEIGHTS, DEMO_THRESHOLDS = DEMO / "vit_demo.pth", DEMO / "thresholds.json"
 # What train.py and evaluate.py share: flags, the model, the progress line, files
 
 
-def add_common_arguments(parser):
-    """The flags that train.py and evaluate.py have in common."""
+def command_line(description):
+    """A parser with the flags that train.py and evaluate.py have in common; what it refuses, it refuses in one line."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.error = stop
     parser.add_argument("--data", metavar="DIR", help="image folder with train/ and val/, one folder per class in each, "
                         "or a folder with Fashion-MNIST's original files (default: the embedded Fashion-MNIST)")
-    parser.add_argument("--model", choices=ltmp.VARIANTS, metavar="NAME",
-                        help="one of %(choices)s (default: demo; with --data deit_small_patch16_224)")
+    parser.add_argument("--model", type=one_of(ltmp.VARIANTS), metavar="NAME",
+                        help=f"one of {', '.join(ltmp.VARIANTS)} (default: demo; with --data deit_small_patch16_224)")
     parser.add_argument("--weights", metavar="FILE", help="checkpoint of the ViT, a path or URL, or none for random weights "
                         "(default: the demo's own, or DeiT's official ones, downloaded once)")
     parser.add_argument("--num-classes", type=positive, metavar="N", help="classes (default: as many as the weights have); "
@@ -55,27 +58,46 @@ def add_common_arguments(parser):
     parser.add_argument("--seed", type=int, default=0, help="order, augmentation and split of the images (default: %(default)s)")
     parser.add_argument("-b", "--batch-size", type=positive, metavar="N", help="images per step (default: 128; 32 to train by the adaptive recipe)")
     parser.add_argument("--limit-val", type=positive, metavar="N", help="evaluate on N images, evenly spread (default: all)")
-    parser.add_argument("--workers", type=int, metavar="N",
+    parser.add_argument("--workers", type=partial(positive, least=0), metavar="N",
                         help="processes that load images (default: one per core, at most 8; none for Fashion-MNIST)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
                         help="mixed precision, CUDA only: bfloat16, or float16 where the GPU lacks it (default: on)")
+    return parser
 
 
-def positive(text):
-    """argparse type: a whole number above 0."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
+def one_of(names):
+    """argparse type: one of the names; another is refused with the nearest one."""
+    def check(text):
+        if text not in names:
+            near = difflib.get_close_matches(text, names, 1)
+            raise argparse.ArgumentTypeError(f"unknown name {text!r}" + (f", did you mean {near[0]}?" if near else "") + f" Known: {', '.join(names)}")
+        return text
+    return check
+
+
+def positive(text, least=1):
+    """argparse type: a whole number above 0, or from `least` on."""
+    if not text.isdecimal() or int(text) < least:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number from {least} on")
+    return int(text)
 
 
 def share(text):
     """argparse type: a number above 0, at most 1."""
-    value = float(text)
-    if not 0 < value <= 1:
+    if not 0 < number(text) <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
+    return float(text)
+
+
+def number(text):
+    """argparse type: a finite number, not negative."""
+    try:
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is no number from 0 on")
 
 
 def default_model(args):
@@ -774,11 +796,10 @@ def chosen_model(args):
 
 def main(argv=None):
     """The command line: evaluate, print, write the metrics."""
-    parser = argparse.ArgumentParser(description="Evaluate a ViT, dense and with its tokens reduced. Without arguments: the demo.")
-    add_common_arguments(parser)
-    parser.add_argument("--method", choices=ltmp.METHODS, help="default: that of the thresholds")
+    parser = command_line("Evaluate a ViT, dense and with its tokens reduced. Without arguments: the demo.")
+    parser.add_argument("--method", type=one_of(ltmp.METHODS), metavar="METHOD", help=f"one of {', '.join(ltmp.METHODS)} (default: that of the thresholds)")
     parser.add_argument("--thresholds", metavar="FILE", help="thresholds.json from training (default: those in the checkpoint; the demo's own)")
-    parser.add_argument("--r", type=int, nargs="+", metavar="N", help="tokens that tome or topk removes per block: one number, or one per block")
+    parser.add_argument("--r", type=partial(positive, least=0), nargs="+", metavar="N", help="tokens that tome or topk removes per block: one number, or one per block")
     parser.add_argument("--json", metavar="FILE", help="write the metrics there")
     group = parser.add_argument_group("pictures")
     group.add_argument("--picture", nargs="+", metavar="IMAGE", help="draw what becomes of these images' patches, block by block, "
@@ -795,7 +816,7 @@ def main(argv=None):
     group.add_argument("--frontier", metavar="DIR", help="top-1 against r of every method: learn thresholds for --targets by train.py, evaluate, "
                        "and write a table and a plot there; goes on where it was stopped")
     group.add_argument("--targets", type=share, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], metavar="R", help="(default: 0.3 0.4 ... 0.9)")
-    group.add_argument("--methods", choices=[m for m in ltmp.METHODS if m != "dense"], nargs="+", default=["ltmp", "ltm", "ltp", "ltpm", "tome", "topk"],
+    group.add_argument("--methods", type=one_of([m for m in ltmp.METHODS if m != "dense"]), nargs="+", default=["ltmp", "ltm", "ltp", "ltpm", "tome", "topk"],
                        metavar="METHOD", help="(default: all six)")
     group.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs for each method and target (default: %(default)s)")
     group.add_argument("--limit-train", type=positive, metavar="N", help="learn on N images, evenly spread (default: all)")

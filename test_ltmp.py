@@ -1096,11 +1096,34 @@ def test_shares_are_what_each_block_removes():
     (["--data", "nowhere"], "no data folder at nowhere"),
     (["--weights", "nowhere.pth"], "no checkpoint at nowhere.pth"),
     (["--model", "vit_tiny_patch16_224"], "no official weights are known"),
+    (["--model", "deit_smal_patch16_224"], "did you mean deit_small_patch16_224?"),
+    (["--method", "ltmpp"], "did you mean"),
+    (["--batch-size", "0"], "0 is no whole number from 1 on"),
+    (["--workers", "-1"], "-1 is no whole number from 0 on"),
+    (["--device", "abacus"], "no device abacus"),
+    (["--no-such-flag"], "unrecognized arguments"),
 ])
 def test_wrong_input_is_one_line(flags, message, tmp_path):
     for script, more in (("train.py", ["--out", str(tmp_path)]), ("evaluate.py", ["--method", "dense"])):
         run = subprocess.run([sys.executable, script, *flags, *more], cwd=HERE, capture_output=True, text=True)
         assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--target", "0"], "0 is not above 0 and at most 1"),
+    (["--target", "nan"], "nan is no number"),
+    (["--target", "half"], "half is no number"),
+    (["--lr", "1e-3", "nan"], "nan is no number"),
+    (["--recipe", "papr"], "did you mean paper?"),
+    (["--target", "0.01", "--limit-train", "64"], "out of reach: the lowest r is 0.0"),
+    (["--out", __file__], "cannot write to"),
+    (["--resume"], "nothing to resume"),
+])
+def test_wrong_training_is_refused_in_one_line(flags, message, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(["--limit-val", "8", "--out", str(tmp_path), *flags])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and message in printed.err and len(printed.err.strip().splitlines()) == 1 and not printed.out
 
 
 # ---------------------------------------------------------------------------------------------

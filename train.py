@@ -7,7 +7,6 @@
 Writes to --out: thresholds.json (the result), metrics.json, log.csv, last.pt (to resume from).
 """
 
-import argparse
 import json
 import math
 import os
@@ -37,24 +36,23 @@ RECIPES = {
 
 def parse_args(argv=None):
     """The flags, with the recipe's and the model's defaults filled in."""
-    parser = argparse.ArgumentParser(description="Learn the merge and prune thresholds of a ViT so that its FLOPs meet a target. "
-                                     "Without --data: a demo on embedded Fashion-MNIST.")
-    evaluate.add_common_arguments(parser)
-    parser.add_argument("--method", choices=[m for m in ltmp.METHODS if m not in ("tome", "topk")], default="ltmp",
+    parser = evaluate.command_line("Learn the merge and prune thresholds of a ViT so that its FLOPs meet a target. "
+                                   "Without --data: a demo on embedded Fashion-MNIST.")
+    parser.add_argument("--method", type=evaluate.one_of([m for m in ltmp.METHODS if m not in ("tome", "topk")]), default="ltmp", metavar="METHOD",
                         help="ltmp: merge, then prune; ltm, ltp: one of them; ltpm: prune, then merge; "
                         "dense: neither, and train all weights (default: %(default)s)")
     parser.add_argument("--target", type=evaluate.share, default=0.75, help="FLOPs to end at, as a share of dense (default: %(default)s)")
     parser.add_argument("--epochs", type=evaluate.positive, default=1, metavar="N", help="default: %(default)s")
-    parser.add_argument("--recipe", choices=RECIPES, help="paper: SGD, as published; adaptive: start and end where r is the target, "
+    parser.add_argument("--recipe", type=evaluate.one_of(RECIPES), metavar="RECIPE", help="paper: SGD, as published; adaptive: start and end where r is the target, "
                         "steps in shares of the tokens that a threshold removes (default: paper; for the demo adaptive)")
-    parser.add_argument("--lr", type=float, nargs=2, metavar=("PRUNE", "MERGE"), help="learning rates of the prune and merge thresholds "
+    parser.add_argument("--lr", type=evaluate.number, nargs=2, metavar=("PRUNE", "MERGE"), help="learning rates of the prune and merge thresholds "
                         "(default: 5e-6 5e-3; adaptive: 1e-3 1e-3, in shares of the tokens that it may remove)")
-    parser.add_argument("--lr-backbone", type=float, metavar="LR", help="learning rate of the weights: AdamW, 1e-4 by default, for "
+    parser.add_argument("--lr-backbone", type=evaluate.number, metavar="LR", help="learning rate of the weights: AdamW, 1e-4 by default, for "
                         "--method dense; beside thresholds the weights are frozen unless this is given")
     parser.add_argument("--patch-drop", type=evaluate.share, default=0.0, metavar="SHARE", help="with --method dense: leave out this share of the "
                         "patches, drawn anew for each image, in the first three quarters of the steps; faster (default: %(default)s)")
-    parser.add_argument("--reg-weight", type=float, default=10.0, metavar="LAMBDA", help="weight of (r - target)^2 in the loss (default: %(default)s)")
-    parser.add_argument("--tau", type=float, help="temperature of the thresholds' gradient (default: 0.1; adaptive: 0.5, in units of the scores' interquartile range)")
+    parser.add_argument("--reg-weight", type=evaluate.number, default=10.0, metavar="LAMBDA", help="weight of (r - target)^2 in the loss (default: %(default)s)")
+    parser.add_argument("--tau", type=evaluate.number, help="temperature of the thresholds' gradient (default: 0.1; adaptive: 0.5, in units of the scores' interquartile range)")
     parser.add_argument("--limit-train", type=evaluate.positive, metavar="N", help="train on N images, evenly spread (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: %(default)s)")
     parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
@@ -105,10 +103,11 @@ def drop_patches(share, block, inputs):
     return x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2])), size.gather(1, order), *rest
 
 
-def learn(model, train_set, args, device, scores=None, ranks=None):
+def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
     """Train for --epochs over train_set what make_optimizer chose. Writes log.csv and last.pt every minute and at the end.
 
-    scores, ranks: as for set_ranks; if given, the ranks are what learns. They are changed in place.
+    saved: a checkpoint to go on from. scores, ranks: as for set_ranks; if given, the ranks are what
+    learns. They are changed in place.
     """
     me, processes = evaluate.processes()
     batch_size = args.batch_size * processes  # of all together
@@ -119,8 +118,7 @@ def learn(model, train_set, args, device, scores=None, ranks=None):
     scaler = torch.amp.GradScaler(device.type, enabled=evaluate.amp_dtype(device, args.amp) == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     step, log = 0, [LOG_HEADER]
-    if args.resume:
-        saved = load_checkpoint(args)
+    if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
         step, log = saved["step"], saved["log"]
@@ -338,6 +336,7 @@ def main(argv=None):
         device = evaluate.find_device(args.device)
         if (args.out / "last.pt").exists() and not args.resume and not args.overwrite:
             raise ValueError(f"{args.out} holds a run already: --resume goes on with it, --out DIR begins another, --overwrite replaces it")
+        saved = load_checkpoint(args) if args.resume else None
         train_set, val_set = (evaluate.open_split(args, split) for split in ("train", "val"))
         if train_set.classes != val_set.classes:
             odd = sorted(set(train_set.classes) ^ set(val_set.classes))
@@ -352,10 +351,13 @@ def main(argv=None):
     milder = {"scale": (1, 1), "jitter": 0} if isinstance(train_set, data.FashionMNIST) else {}
     transform = data.train_transform(config.image_size, config.mean, config.std, **milder)
     augmented = data.Augmented(data.subset(train_set, args.limit_train), transform, args.seed)
-    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        evaluate.stop(f"cannot write to {args.out}: {error.strerror}")
     try:
         if args.recipe == "paper" or model.method == "dense":
-            learn(model, augmented, args, device)
+            learn(model, augmented, args, device, saved)
         else:
             plain = evaluate.open_split(args, "train")
             plain.transform = evaluate.clean_transform(config)
@@ -368,13 +370,13 @@ def main(argv=None):
             for masker, found in scores.items():
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
             agree(ranks + [masker.threshold.data for masker in scores])
-            learn(model, augmented, args, device, scores, ranks)
+            learn(model, augmented, args, device, saved, scores, ranks)
             with evaluate.amp_context(device, args.amp):
                 evaluate.say(f"landing: r = {land(model, batches, scores, ranks, args.target):.3f} on {len(plain)} training images")
             agree(ranks + [masker.threshold.data for masker in scores])
             if evaluate.processes()[0] == 0:
-                saved = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
-                save_file(args.out / "last.pt", saved | {"model": model.state_dict(), "ranks": [rank.item() for rank in ranks]})
+                last = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
+                save_file(args.out / "last.pt", last | {"model": model.state_dict(), "ranks": [rank.item() for rank in ranks]})
     except ValueError as error:
         evaluate.stop(error)
     if model.method != "dense":
