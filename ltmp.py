@@ -653,7 +653,8 @@ def _read_file(path):
         except ImportError:
             raise ImportError("reading .safetensors needs the package safetensors: pip install safetensors") from None
         return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+    with open(path, "rb") as file:  # given the name, torch would go by its ending
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 def _rename(name, table):

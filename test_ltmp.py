@@ -401,8 +401,10 @@ def test_variants_have_their_published_size(name, params):
 @pytest.mark.parametrize("wrap", [lambda state: state, lambda state: {"model": state}])
 def test_weights_load_from_file_and_dict(tmp_path, wrap):
     source, images = create_model("demo"), torch.randn(2, 3, 28, 28)
-    torch.save(wrap({name: w for name, w in source.state_dict().items() if "threshold" not in name}), tmp_path / "w.pth")
-    for given in (tmp_path / "w.pth", wrap(source.state_dict())):
+    files = [tmp_path / name for name in ("w.pth", "w.safetensors", "w")]  # the content says what it is
+    for file in files:
+        torch.save(wrap({name: w for name, w in source.state_dict().items() if "threshold" not in name}), file)
+    for given in (*files, wrap(source.state_dict())):
         model = load_weights(create_model("demo"), given)
         assert torch.equal(model.eval()(images)[0], source.eval()(images)[0])
 
@@ -1145,6 +1147,13 @@ def test_the_readme_example_of_another_vit():
         whole, _, whole_mask = names["reduced_layer"](layer, x, ones, ones, *maskers(0.3, 0.05), drop=False)
     assert cut.shape[1] < 18 == whole.shape[1] and torch.equal(cut_mask.sum(1), whole_mask.sum(1))
     torch.testing.assert_close(cut[cut_mask > 0], whole[whole_mask > 0])
+
+
+def test_the_readme_walks_through_one_image_with_its_true_numbers(monkeypatch, capsys):
+    monkeypatch.chdir(HERE)
+    code, printed = re.search(r"## The method in the code.*?```python\n(.*?)```\s*```\n(.*?)```", (HERE / "README.md").read_text(), re.S).groups()
+    exec(code, {})
+    assert capsys.readouterr().out == printed
 
 
 def test_the_readme_names_every_flag_that_it_uses():
