@@ -945,9 +945,9 @@ def test_same_seed_same_thresholds_and_interrupted_runs_end_the_same(tmp_path, m
 
 @pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
 def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
-    train.main(["--limit-train", "160", "--limit-val", "200", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
+    train.main(["--limit-train", "96", "--limit-val", "100", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
     metrics, found = read(tmp_path / "metrics.json"), read(tmp_path / "thresholds.json")
-    assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.03)  # 200 images; on all of them it is closer
+    assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.04)  # 100 images; on all of them it is closer
     assert {key for key in found if key.endswith("_thresholds")} == {f"{step}_thresholds" for step in METHODS[method]}
 
 
@@ -961,19 +961,19 @@ def torchrun(processes, script, *flags):
 
 @pytest.mark.parametrize("recipe, lr", [("paper", "0.05"), ("adaptive", "0.001")])
 def test_two_processes_learn_what_one_learns_with_twice_the_batch(tmp_path, recipe, lr):
-    flags = ["--recipe", recipe, "--limit-train", "49", "--limit-val", "101", "--target", "0.6", "--lr", "0.001", lr]  # odd: the last batch is one image
+    flags = ["--recipe", recipe, "--limit-train", "33", "--limit-val", "51", "--target", "0.6", "--lr", "0.001", lr]  # odd: the last batch is one image
     printed = torchrun(2, "train.py", *flags, "-b", "8", "--out", str(tmp_path / "two"))
     train.main([*flags, "-b", "16", "--out", str(tmp_path / "one")])
-    assert printed.count("demo, ltmp, 101 validation images") == 1  # one of them speaks
+    assert printed.count("demo, ltmp, 51 validation images") == 1  # one of them speaks
     one, two = (read(tmp_path / name / "thresholds.json") for name in ("one", "two"))
     for step in ("merge", "prune"):
         assert two[f"{step}_thresholds"] == pytest.approx(one[f"{step}_thresholds"], abs=1e-5)
     assert max(abs(threshold - 0.9) for threshold in one["merge_thresholds"]) > 1e-3  # it did learn
     one, two = (read(tmp_path / name / "metrics.json") for name in ("one", "two"))
-    assert two["images"] == one["images"] == 101 and two["dense_top1"] == one["dense_top1"]
+    assert two["images"] == one["images"] == 51 and two["dense_top1"] == one["dense_top1"]
     assert two["flops_ratio"] == pytest.approx(one["flops_ratio"], abs=1e-3)
     log = [[line.split(",") for line in (tmp_path / name / "log.csv").read_text().splitlines()[1:]] for name in ("one", "two")]
-    assert [len(lines) for lines in log] == [4, 4]
+    assert [len(lines) for lines in log] == [3, 3]
     assert [float(x) for x in log[1][0][1:]] == pytest.approx([float(x) for x in log[0][0][1:]], rel=1e-4)
 
 
@@ -1006,8 +1006,10 @@ def test_landing_is_exact_and_refuses_what_cannot_be():
         assert land(ranks, target) == pytest.approx(target, abs=0.003)
         assert len({rank.item() for rank in ranks}) == 1  # every block removes the same share ...
         for (step, masker), rank in zip(maskers, ranks):  # ... of the scores that it met
-            chosen = masker(scores[masker][None], None).mean().item()
-            assert (chosen if step == "merge" else 1 - chosen) == pytest.approx(rank.item(), abs=2 / len(scores[masker]))
+            found = scores[masker]
+            removed = (found > masker.threshold if step == "merge" else found <= masker.threshold).float().mean().item()
+            ties = (found == masker.threshold).float().mean().item()  # equal scores go together
+            assert removed - ties - 2 / len(found) <= rank.item() <= removed + ties + 2 / len(found)
         ranks[3] += 0.2
         for other in (0.3, 0.6, 0.95):
             assert land(ranks, other) == pytest.approx(other, abs=0.003)
@@ -1047,16 +1049,16 @@ def test_the_demo_vit_is_a_good_one():
 
 
 def test_frontier_learns_evaluates_and_goes_on(tmp_path, capsys, monkeypatch):
-    flags = ["--frontier", str(tmp_path), "--methods", "ltm", "tome", "--targets", "0.8", "0.5", "--limit-train", "64", "--limit-val", "100", "--workers", "0"]
+    flags = ["--frontier", str(tmp_path), "--methods", "ltm", "tome", "--targets", "0.6", "--limit-train", "64", "--limit-val", "100", "--workers", "0"]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(SystemExit):
         evaluate.main(flags + ["--seeds", "1"])
     first, message = capsys.readouterr()
     assert "matplotlib" in message.splitlines()[-1] and "dense" in first
     rows = read(tmp_path / "frontier.json")
-    assert [(row["method"], row["target"]) for row in rows] == [("dense", 1.0), ("tome", 0.8), ("tome", 0.5), ("ltm", 0.8), ("ltm", 0.5)]
+    assert [(row["method"], row["target"]) for row in rows] == [("dense", 1.0), ("tome", 0.6), ("ltm", 0.6)]
     assert all(row["images"] == 100 and row["r"] == pytest.approx(row["target"], abs=0.05) for row in rows)
-    assert (tmp_path / "frontier.csv").read_text().count("\n") == 6
+    assert (tmp_path / "frontier.csv").read_text().count("\n") == 4
 
     monkeypatch.setattr(evaluate.subprocess, "run", None)  # nothing is learned or evaluated twice
     with pytest.raises(SystemExit):
@@ -1107,6 +1109,14 @@ def test_shares_are_what_each_block_removes():
     (["--data", "nowhere"], "no data folder at nowhere"),
     (["--weights", "nowhere.pth"], "no checkpoint at nowhere.pth"),
     (["--model", "vit_tiny_patch16_224"], "no official weights are known"),
+])
+def test_wrong_input_is_one_line(flags, message, tmp_path):
+    for script, more in (("train.py", ["--out", str(tmp_path)]), ("evaluate.py", ["--method", "dense"])):
+        run = subprocess.run([sys.executable, script, *flags, *more], cwd=HERE, capture_output=True, text=True)
+        assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+
+
+@pytest.mark.parametrize("flags, message", [
     (["--model", "deit_smal_patch16_224"], "did you mean deit_small_patch16_224?"),
     (["--method", "ltmpp"], "did you mean"),
     (["--batch-size", "0"], "0 is no whole number from 1 on"),
@@ -1114,10 +1124,12 @@ def test_shares_are_what_each_block_removes():
     (["--device", "abacus"], "no device abacus"),
     (["--no-such-flag"], "unrecognized arguments"),
 ])
-def test_wrong_input_is_one_line(flags, message, tmp_path):
-    for script, more in (("train.py", ["--out", str(tmp_path)]), ("evaluate.py", ["--method", "dense"])):
-        run = subprocess.run([sys.executable, script, *flags, *more], cwd=HERE, capture_output=True, text=True)
-        assert run.returncode == 2 and message in run.stderr and len(run.stderr.strip().splitlines()) == 1, run.stderr
+@pytest.mark.parametrize("script", [train, evaluate])
+def test_wrong_flags_are_one_line(script, flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        script.main(flags)
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and message in printed.err and len(printed.err.strip().splitlines()) == 1 and not printed.out
 
 
 @pytest.mark.parametrize("flags, message", [
