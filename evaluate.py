@@ -837,7 +837,8 @@ def main(argv=None):
             return plot_frontier(points, Path(args.frontier) / "frontier.png")
         model, name = chosen_model(args)
         if args.benchmark:
-            rows = benchmark(model.to(device), still(val_set, model), args, device)
+            val_set.transform = clean_transform(model.config)
+            rows = benchmark(model.to(device), val_set, args, device)
             return args.json and write_file(args.json, json.dumps(rows, indent=1))
         loader = make_loader(own_share(data.subset(still(val_set, model), args.limit_val)), args, device, batch_size=args.batch_size or 128)
     except ValueError as error:
