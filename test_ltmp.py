@@ -945,9 +945,9 @@ def test_same_seed_same_thresholds_and_interrupted_runs_end_the_same(tmp_path, m
 
 @pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
 def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
-    train.main(["--limit-train", "96", "--limit-val", "100", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
+    train.main(["--limit-train", "160", "--limit-val", "200", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
     metrics, found = read(tmp_path / "metrics.json"), read(tmp_path / "thresholds.json")
-    assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.04)  # 100 images; on all of them it is closer
+    assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.03)  # 200 images; on all of them it is closer
     assert {key for key in found if key.endswith("_thresholds")} == {f"{step}_thresholds" for step in METHODS[method]}
 
 
