@@ -271,7 +271,7 @@ def measure(model, loader, device, amp=None, name="evaluate"):
     """Run inference, tokens really dropped, over a loader of (images, labels): of several processes each over its own.
 
     Returns a dict: top1, top5 (percent), flops_ratio (r per image, averaged), gflops (multiply-adds
-    per image / 1e9), kept (mean tokens after each block), images. Raises ValueError without images.
+    per image / 1e9), kept (mean tokens after each block), images.
     """
     model.eval()
     sums = torch.zeros(4 + model.config.depth, dtype=torch.float64)  # images, top-1 hits, top-5 hits, r, tokens kept
@@ -285,8 +285,6 @@ def measure(model, loader, device, amp=None, name="evaluate"):
         sums += torch.cat([torch.tensor([len(images), best[:, 0].sum(), best.sum(), flops_ratio(kept, model.config) * len(images)], dtype=torch.float64), kept.sum(1)])
         progress.show(f"{name}: {int(sums[0])} images, top-1 {100 * sums[1] / sums[0]:.2f} %", step, batches)
     images, top1, top5, ratio, *kept = total(sums).tolist()
-    if not images:
-        raise ValueError("no images to evaluate")
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "flops_ratio": ratio / images,
             "gflops": ratio / images * model_flops(model.config) / 1e9, "kept": [tokens / images for tokens in kept], "images": int(images)}
 
@@ -564,8 +562,6 @@ def draw_overview(model, loader, classes, args, device, name):
     """The sheets that --gallery and --chart ask for."""
     reduced = image_by_image(model, loader, device, args.amp, "image by image")
     title = f"{name}, {model.method}: {len(loader.dataset)} validation images"
-    if processes()[1] > 1:
-        stop("--gallery and --chart want one process")
     if args.chart:
         save_picture(chart(model, reduced[0], title), args.chart)
     if args.gallery:
@@ -631,7 +627,8 @@ def benchmark(model, dataset, args, device):
     """Print and return rows of dense (torch's fused attention) against reduced, in turn in this process.
 
     efficiency = dense seconds / reduced seconds * r: 1 is all that the FLOPs promise. Inference at each
-    of --batch-sizes; and one training step of 16 images: all weights of the dense ViT against the thresholds alone.
+    of --batch-sizes; and one training step of 16 images: all weights of the dense ViT against the
+    thresholds alone, for which r says nothing and is None.
     """
     twin, rows = dense_twin(model), []
     heads = ("images", "dense ms", "reduced ms", "speed-up", "r", "efficiency", "dense MB", "reduced MB")
@@ -639,7 +636,7 @@ def benchmark(model, dataset, args, device):
 
     def row(name, count, runs, r):
         (dense, reduced), memory = compare(runs, args.repeats, device)
-        found = (count, 1e3 * dense, 1e3 * reduced, dense / reduced, r, dense / reduced * r, *memory)
+        found = (count, 1e3 * dense, 1e3 * reduced, dense / reduced, r, r and dense / reduced * r, *memory)
         rows.append({"what": name} | dict(zip(heads, found)))
         digits = (0, 1, 1, 2, 3, 2, 0, 0)
         print(f"{name:<10}" + "".join(f"{'-' if x is None else format(x, f'.{d}f'):>12}" for x, d in zip(found, digits)), flush=True)
@@ -668,7 +665,7 @@ def benchmark(model, dataset, args, device):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.endswith("threshold"))
     images = first(16)
-    row("training", 16, [lambda: step(twin.train().requires_grad_(), images), lambda: step(model, images)], r)
+    row("training", 16, [lambda: step(twin.train().requires_grad_(), images), lambda: step(model, images)], None)
     return rows
 
 
@@ -823,6 +820,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     try:
         device = find_device(args.device)
+        if processes()[1] > 1 and (args.picture or args.gallery or args.chart or args.benchmark or args.frontier):
+            raise ValueError("only plain evaluation can be shared among processes: run this without torchrun")
         if args.picture:
             draw_pictures(args, device)
             return

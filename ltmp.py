@@ -353,9 +353,10 @@ def masked_attention(q, k, v, size, mask):
     else:
         B, H, N, D = q.shape
         out, importance = q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size)
-        step = B if q.is_cuda else max(1, 2**20 // (H * N * N))  # on a CPU as many images as have logits that fit into its cache
+        cpu = q.device.type == "cpu"
+        step = max(1, 2**20 // (H * N * N)) if cpu else B  # on a CPU as many images as have logits that fit into its cache
         for i in range(0, B, step):
-            n = N if q.is_cuda else int(mask[i : i + step].sum(1).max())  # the longest of these
+            n = int(mask[i : i + step].sum(1).max()) if cpu else N  # the longest of these; elsewhere asking would cost a wait
             part = (t[i : i + step, :, :n] for t in (q, k, v))
             out[i : i + step, :, :n], importance[i : i + step, :n] = attend(*part, size[i : i + step, :n], mask[i : i + step, :n])[:2]
     return out, torch.cat([torch.full_like(importance[:, :1], math.inf), importance[:, 1:]], 1)

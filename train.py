@@ -366,7 +366,8 @@ def main(argv=None):
             with evaluate.amp_context(device, args.amp):
                 scores = scores_of(model, batches[0])
                 ranks = [torch.zeros(1, device=device) for _ in threshold_maskers(model)]
-                evaluate.say(f"start: r = {land(model, batches[:2], scores, ranks, args.target, 0.01):.3f}")
+                if not saved:
+                    evaluate.say(f"start: r = {land(model, batches[:2], scores, ranks, args.target, 0.01):.3f}")
             for masker, found in scores.items():
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
             agree(ranks + [masker.threshold.data for masker in scores])
