@@ -14,6 +14,14 @@ Three tensors travel together from block to block:
     x     (B, N, C)   the tokens; live ones first, dead ones behind them
     size  (B, N)      how many input patches a token stands for (1 at the start)
     mask  (B, N)      exactly 1 for a live token and exactly 0 for a dead one; differentiable
+
+Inside a block attention adds two more, by which tokens are chosen:
+
+    key         (B, N, D)  the tokens' attention keys, averaged over heads: similar keys merge
+    importance  (B, N)     how much attention each token receives (see attend): the least important are pruned
+
+There are two executions of one function. In training (drop=False) dead tokens stay in the tensors
+behind the live ones, masked, since a threshold needs their gradient. In inference (drop=True) they are cut off.
 """
 
 import json
@@ -112,8 +120,10 @@ class ThresholdMasker(nn.Module):
 
     and d loss / d chosen comes through the mask: from the attention of later blocks and from the
     FLOPs term of the loss. soft + (hard - soft) is exactly 0 or 1 in float arithmetic, since
-    hard = 1 only where soft >= 0.5; (hard + soft) - soft is not, and a mask of 6e-8 is no dead token.
+    hard = 1 only where soft >= 0.5; (hard + soft) - soft is not, and who merged would keep a mask of 6e-8.
     """
+
+    whole_gradient = False  # how merge passes its gradient on; see there
 
     def __init__(self, threshold, tau):
         super().__init__()
@@ -133,6 +143,8 @@ class FixedCountMasker(nn.Module):
     which="most similar" puts 1 on the r highest scores (they merge), which="least important" puts
     0 on the r lowest (they are dropped). At most (n - 1) // 2 of n live tokens are taken.
     """
+
+    whole_gradient = False  # there is none
 
     def __init__(self, r, which):
         super().__init__()
@@ -177,20 +189,21 @@ def merge(x, key, size, mask, importance, masker):
     with torch.autocast(x.device.type, enabled=False):  # float32, as in attend
         key = F.normalize(key.float(), dim=-1)
         similarity = key[:, 0::2] @ key[:, 1::2].transpose(1, 2)  # (B, Na, Nb)
-    # Rounding may lift a cosine above 1; without that, a threshold of 1 means: never merge.
+    # Clamped, since rounding can lift a cosine above 1, and a threshold of 1 is to mean: never merge.
     similarity = similarity.clamp(max=1).masked_fill(mask_b[:, None] == 0, -math.inf)
     similarity, partner = similarity.max(dim=2)  # (B, Na), (B, Na)
-    fixed = mask_a == 0
-    fixed[:, 0] = True  # neither dead tokens nor the class token merge
-    merged = masker(similarity.masked_fill(fixed, -math.inf), mask)  # (B, Na) of 0 and 1
+    cannot_merge = mask_a == 0
+    cannot_merge[:, 0] = True  # neither dead tokens nor the class token
+    merged = masker(similarity.masked_fill(cannot_merge, -math.inf), mask)  # (B, Na) of 0 and 1
 
-    # Only tokens that merged pass gradient on to the threshold: it says what giving them back would
-    # do. The gradient of a token's mask is that of removing it, which for one that did not merge is
-    # not what merging it would do. So a threshold above all similarities is left without gradient.
-    # The weights of the mean are constants.
-    mask_a = torch.where(merged > 0, mask_a * (1 - merged), mask_a)
-    weight = merged.detach() * size_a  # (B, Na)
-    total = size_b.scatter_add(1, partner, weight)  # (B, Nb)
+    # Removing a token from r is removing it, but for the accuracy a token that merges lives on in the mean:
+    # the gradient takes both ways. The paper's takes the first alone, and only for tokens that merged.
+    if masker.whole_gradient:
+        gone, weight = merged, merged * size_a  # (B, Na)
+    else:
+        gone, weight = torch.where(merged > 0, merged, merged.detach()), merged.detach() * size_a
+    mask_a = mask_a * (1 - gone)
+    total = size_b.scatter_add(1, partner, weight)  # (B, Nb); size_a stays: who merged is dead
     share_a, share_b = weight / total.gather(1, partner), size_b / total  # (B, Na), (B, Nb)
     target = partner[:, :, None].expand_as(x_a)
     x_b = (x_b * share_b[:, :, None]).scatter_add_(1, target, x_a * share_a[:, :, None]).to(x.dtype)  # (B, Nb, C)
@@ -238,8 +251,9 @@ def live_rows(mask, drop):
 def on_live(layer, x, rows):
     """layer, which sees one token at a time, on the live tokens of x (B, N, C) alone, without the gaps between images.
 
-    In training (drop=False) the dead go on as well, since their mask has a gradient; nothing that
-    they become has one, so they go without. In inference what fills up the shorter images becomes 0.
+    In training the dead are computed too, without a graph: the gradient of their mask needs their
+    keys and values, but nothing flows back through what they become. In inference, where the tail
+    of shorter images is padding, they become 0.
     """
     if rows is None:
         return layer(x)
@@ -276,15 +290,16 @@ def attend(q, k, v, size, mask):
     queries count for importance, because when tokens are really dropped there are no others.
 
     q, k, v (B, H, N, D), size, mask (B, N)
-    -> out (B, H, N, D), importance (B, N) float32, logits, attn (B, H, N, N) float32.
+    -> out (B, H, N, D), importance (B, N) float32, logits, attn (B, H, N, N) float32. Rows of the dead mean
+    nothing. Not for autograd, which cannot follow what is done in place: see masked_attention.
     """
     logits = (q @ k.transpose(-2, -1)).float()  # (B, H, N, N)
     bias = size.log().masked_fill(mask == 0, -math.inf)[:, None, None]  # (B, 1, 1, N)
-    torch.add(bias, logits, alpha=q.shape[-1] ** -0.5, out=logits)  # in place: fresh memory is slow on a CPU
+    torch.add(bias, logits, alpha=q.shape[-1] ** -0.5, out=logits)  # bias + logits / sqrt(D), in place: fresh memory is slow on a CPU
     attn = logits.softmax(-1)
-    queries = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), the weight of each in importance
+    query_weight = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), for the mean
     with torch.autocast(q.device.type, enabled=False):  # scores stay float32 under AMP
-        importance = (queries @ attn).sum((1, 2))  # (B, N)
+        importance = (query_weight @ attn).sum((1, 2))  # (B, N)
     return attn.to(v.dtype) @ v, importance, logits, attn
 
 
@@ -300,14 +315,16 @@ class MaskedAttention(torch.autograd.Function):
     through (B, H, N, N) several times more; here one is kept, and backward visits live rows alone.
     """
 
-    LIMIT = 10.0  # log of the largest ratio: a dead token's logit may lie far above those of the live
+    # Log of the largest ratio. Brought back, a dead token takes ratio / (1 + ratio) of the attention, never more than all;
+    # the derivative at 0 is ratio, which has no bound. Without a cut it drowns everything else in early blocks.
+    LIMIT = 0.0
 
     @staticmethod
     def forward(ctx, q, k, v, size, mask):
         """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32."""
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         out, importance, logits, attn = attend(q, k, v, size, mask)
-        log_sum = logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()  # (B, H, N, 1)
+        log_sum = logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()  # (B, H, N, 1), of exp(logits): attn = exp(logits - log_sum)
         ctx.save_for_backward(q, k, v, size, mask, attn, log_sum)
         return out, importance
 
@@ -319,34 +336,36 @@ class MaskedAttention(torch.autograd.Function):
         count = mask.sum(1, keepdim=True)  # (B, 1)
         first, n = int(count.min()), int(count.max())  # before first all tokens are live, from n on all are dead
         seen = attn[..., :n] @ d_importance[:, None, :n, None]  # (B, H, N, 1), sum over j of attn_ij d_importance_j
-        q, d_out, rows = q[:, :, :n], d_out[:, :, :n], attn[:, :, :n, :n]
-        # d loss / d attn_ij = d_out_i v_j + queries_i d_importance_j, of which softmax takes off the row's mean: one product of D + 2 columns
-        queries = (mask / count)[:, None, :n, None] / H  # (B, 1, n, 1)
-        mean = (d_out * (rows.to(v.dtype) @ v[:, :, :n])).sum(-1, keepdim=True) + queries * seen[:, :, :n]  # (B, H, n, 1)
-        left = torch.cat([d_out, queries.expand_as(mean), -mean], -1)  # (B, H, n, D + 2)
+        q, d_out, attn_live = q[:, :, :n], d_out[:, :, :n], attn[:, :, :n, :n]
+        # d loss / d attn_ij = d_out_i v_j + query_weight_i d_importance_j, of which softmax takes off the row's mean: one product of D + 2 columns
+        query_weight = (mask / count)[:, None, :n, None] / H  # (B, 1, n, 1)
+        row_mean = (d_out * (attn_live.to(v.dtype) @ v[:, :, :n])).sum(-1, keepdim=True) + query_weight * seen[:, :, :n]  # (B, H, n, 1)
+        left = torch.cat([d_out, query_weight.expand_as(row_mean), -row_mean], -1)  # (B, H, n, D + 2)
         right = torch.cat([v, d_importance[:, None, :, None].expand(-1, H, -1, -1), torch.ones_like(v[..., :1])], -1)  # (B, H, N, D + 2)
         d_attn = (left.to(q.dtype) @ right.to(q.dtype).transpose(-2, -1)).float()  # (B, H, n, N)
-        d_logits = rows * d_attn[..., :n]  # (B, H, n, n)
+        d_logits = attn_live * d_attn[..., :n]  # (B, H, n, n)
+        d_live = d_logits.sum((1, 2))  # (B, n), of the logarithm of m s, the factor of a live token's column
         d_mask = None
         if ctx.needs_input_grad[4]:
             ratio = (q @ k[:, :, first:].transpose(-2, -1)).float()  # (B, H, n, N - first), for the dead, which are all there
             torch.add(size[:, None, None, first:].log(), ratio, alpha=D**-0.5, out=ratio)
             ratio.sub_(log_sum[:, :, :n]).clamp_(max=MaskedAttention.LIMIT).exp_()
             d_mask = F.pad((ratio * d_attn[..., first:]).sum((1, 2)), (first, 0)).masked_fill_(mask > 0, 0)  # (B, N)
-            d_mask[:, :n] += d_logits.sum((1, 2))  # for the live, whose ratio is attn
+            d_mask[:, :n] += d_live  # for the live, whose ratio is attn
+            # importance_j = sum_i m_i attn_ij / sum_i m_i: m_i is a query's weight too (mean over heads)
             d_queries = seen.mean((1, 3))  # (B, N)
             d_mask += (d_queries - (mask * d_queries).sum(1, keepdim=True) / count) / count
         d_logits = (d_logits * D**-0.5).to(q.dtype)
-        d_v = rows.to(d_out.dtype).transpose(-2, -1) @ d_out
+        d_v = attn_live.to(d_out.dtype).transpose(-2, -1) @ d_out
         d_k, d_q = d_logits.transpose(-2, -1) @ q, d_logits @ k[:, :, :n]
-        return *(F.pad(d, (0, 0, 0, N - n)) for d in (d_q, d_k, d_v)), None, d_mask
+        return *(F.pad(d, (0, 0, 0, N - n)) for d in (d_q, d_k, d_v)), F.pad(d_live / size[:, :n], (0, N - n)), d_mask
 
 
 def masked_attention(q, k, v, size, mask):
     """attend, with a gradient if one is wanted. The class token's importance is inf: it is never pruned.
 
     q, k, v (B, H, N, D), size, mask (B, N), live tokens first
-    -> out (B, H, N, D), 0 for the dead in inference; importance (B, N) float32.
+    -> out (B, H, N, D), importance (B, N) float32; rows of the dead mean nothing.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, mask)):
         out, importance = MaskedAttention.apply(q, k, v, size, mask)
@@ -429,9 +448,9 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
 
     def forward(self, x, size, mask, rows, drop, patches=None):
-        """x (B, N, C), size, mask (B, N) -> the same with live tokens first; fewer of them if drop.
+        """x (B, N, C), size, mask (B, N), live tokens first -> the same after the block, cut to the longest image if drop.
 
-        rows: live_rows(mask), which comes out for the new mask too.
+        Returns x, size, mask, rows, patches. rows: live_rows(mask), returned for the new mask.
         patches (B, N, P): above 0 where the token holds the patch; only if somebody asks. They travel
         as further channels of x, so that what becomes of a token becomes of its patches.
         """
@@ -446,7 +465,7 @@ class Block(nn.Module):
                 mask = prune(mask, importance, self.prune_masker)
             if step == self.steps[-1]:
                 mask, (x, size) = live_first(mask, (x, size), drop)
-            elif step == "prune":  # merge needs the order too; prune does not
+            elif step == "prune":  # merge pairs every other live token: the dead must be behind before it
                 mask, (x, size, importance, key) = live_first(mask, (x, size, importance, key), drop)
         if patches is not None:
             x, patches = x.split([out.shape[2], patches.shape[2]], 2)
@@ -503,7 +522,7 @@ class LTMPViT(nn.Module):
         kept, held_by, rows = [], [], None
         for block in self.blocks:
             x, size, mask, rows, patches = block(x, size, mask, rows, drop, patches)
-            kept.append((size if mask is None else mask).sum(1))
+            kept.append((size if mask is None else mask).sum(1))  # dense: all sizes are 1
             if trace:
                 share, token = (patches if mask is None else patches * mask[:, :, None]).max(1)  # (B, N - 1) each
                 held_by.append(token.masked_fill(share == 0, -1))

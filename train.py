@@ -25,12 +25,11 @@ import ltmp
 from flops import flops_ratio, model_flops
 
 LOG_HEADER = "step,loss,cross_entropy,r,top1"
-LOWEST_RANK = 0.002  # while learning: a merge threshold above all similarities has no gradient, and would stay there
 
 # How thresholds are learned: learning rates of the (prune, merge) thresholds, temperature of their gradient.
 RECIPES = {
     "paper": {"batch_size": 128, "lr": [5e-6, 5e-3], "tau": 0.1},  # SGD
-    "adaptive": {"batch_size": 32, "lr": [0.001, 0.001], "tau": 0.5},  # Adam on ranks (see set_ranks); tau in interquartile ranges
+    "adaptive": {"batch_size": 32, "lr": [0.03, 0.03], "tau": 0.5},  # Adam on ranks (see set_ranks), lr / sqrt(steps); tau in interquartile ranges
 }
 
 
@@ -46,7 +45,7 @@ def parse_args(argv=None):
     parser.add_argument("--recipe", type=evaluate.one_of(RECIPES), metavar="RECIPE", help="paper: SGD, as published; adaptive: start and end where r is the target, "
                         "steps in shares of the tokens that a threshold removes (default: paper; for the demo adaptive)")
     parser.add_argument("--lr", type=evaluate.number, nargs=2, metavar=("PRUNE", "MERGE"), help="learning rates of the prune and merge thresholds "
-                        "(default: 5e-6 5e-3; adaptive: 1e-3 1e-3, in shares of the tokens that it may remove)")
+                        "(default: 5e-6 5e-3; adaptive: 0.03 0.03, in shares of what it meets, and divided by the root of the number of steps)")
     parser.add_argument("--lr-backbone", type=evaluate.number, metavar="LR", help="learning rate of the weights: AdamW, 1e-4 by default, for "
                         "--method dense; beside thresholds the weights are frozen unless this is given")
     parser.add_argument("--patch-drop", type=evaluate.share, default=0.0, metavar="SHARE", help="with --method dense: leave out this share of the "
@@ -82,9 +81,10 @@ def make_optimizer(model, args, total_steps, ranks):
     else:
         model.requires_grad_(args.lr_backbone is not None)
         lr, groups = dict(zip(("prune", "merge"), args.lr)), []
+        fineness = 1 if ranks is None else math.sqrt(total_steps)  # the noise of n steps grows with the root of n
         for i, (step, masker) in enumerate(threshold_maskers(model)):
             masker.threshold.requires_grad_()
-            groups.append({"params": [masker.threshold if ranks is None else ranks[i]], "lr": lr[step]})
+            groups.append({"params": [masker.threshold if ranks is None else ranks[i]], "lr": lr[step] / fineness})
         if args.lr_backbone is not None:
             groups.append({"params": [p for name, p in model.named_parameters() if not name.endswith("_masker.threshold")], "lr": args.lr_backbone})
         if ranks is None:
@@ -174,7 +174,7 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
             schedule.step()
             if ranks:
                 for rank in ranks:
-                    rank.clamp_(LOWEST_RANK, 1)
+                    rank.clamp_(0, 1)
                 set_ranks(model, scores, ranks)
             else:
                 for _, masker in thresholds:
@@ -253,17 +253,30 @@ def set_ranks(model, scores, ranks):
 
 
 @torch.no_grad()
-def land(model, batches, scores, ranks, target, tolerance=0.002):
+def take_off(model, batches, scores, target):
+    """Ranks from which to learn, where r is the target: by merging alone, as far as that goes, as in the paper. Returns them and r."""
+    ranks = [torch.zeros_like(masker.threshold) for masker in scores]
+    if model.method != "ltp":
+        try:
+            return ranks, land(model, batches, scores, ranks, target, 0.01, ("merge",))
+        except ValueError:
+            for rank in ranks:
+                rank.zero_()
+    return ranks, land(model, batches, scores, ranks, target, 0.01)
+
+
+@torch.no_grad()
+def land(model, batches, scores, ranks, target, tolerance=0.002, moving=("merge", "prune")):
     """Lower or raise all ranks by the same amount until r, tokens really dropped, is the target. Returns r.
 
-    batches: images (B, 3, S, S); scores, ranks: as for set_ranks; the ranks are changed in place.
-    Raises ValueError where even removing all that may go leaves a larger r.
+    batches: images (B, 3, S, S); scores, ranks: as for set_ranks; the ranks are changed in place, those of the
+    kinds in `moving`. Raises ValueError where even removing all that may go leaves a larger r.
     """
     start = [rank.clone() for rank in ranks]
 
     def r_at(t):  # more t, more tokens
-        for rank, before in zip(ranks, start):
-            rank.copy_((before - t).clamp(0, 1))
+        for rank, before, (step, _) in zip(ranks, start, threshold_maskers(model)):
+            rank.copy_((before - t).clamp(0, 1) if step in moving else before)
         set_ranks(model, scores, ranks)
         return measured_r(model, batches)
 
@@ -365,10 +378,12 @@ def main(argv=None):
             batches = [images.to(device) for images, _ in evaluate.make_loader(plain, args, device, batch_size=64)]
             with evaluate.amp_context(device, args.amp):
                 scores = scores_of(model, batches[0])
-                ranks = [torch.zeros(1, device=device) for _ in threshold_maskers(model)]
+                ranks = [torch.zeros_like(masker.threshold) for masker in scores]
                 if not saved:
-                    evaluate.say(f"start: r = {land(model, batches[:2], scores, ranks, args.target, 0.01):.3f}")
+                    ranks, r = take_off(model, batches[:2], scores, args.target)
+                    evaluate.say(f"start: r = {r:.3f}")
             for masker, found in scores.items():
+                masker.whole_gradient = True
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
             agree(ranks + [masker.threshold.data for masker in scores])
             learn(model, augmented, args, device, saved, scores, ranks)
