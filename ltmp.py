@@ -231,10 +231,11 @@ def live_first(mask, tensors, drop):
     This is what makes the masked and the dropping execution one function: "every other live token"
     means the same tokens in both. mask (B, N), tensors (B, N) or (B, N, C) -> mask, tensors.
     """
-    order = torch.sort((mask == 0).int(), dim=1, stable=True).indices  # (B, N)
+    order = mask.argsort(dim=1, descending=True, stable=True)  # (B, N)
     if drop:
-        order = order[:, : int((mask > 0).sum(1).max())]  # (B, N'), N' the longest image
-    move = lambda t: t.gather(1, order if t.dim() == 2 else order[:, :, None].expand(-1, -1, t.shape[2]))
+        order = order[:, : int(mask.sum(1).max())]  # (B, N'), N' the longest image
+    rows = (order + mask.shape[1] * torch.arange(len(mask), device=mask.device)[:, None]).flatten()
+    move = lambda t: t.flatten(0, 1).index_select(0, rows).unflatten(0, order.shape)  # whole rows: faster than gather
     return move(mask), [move(t) for t in tensors]
 
 

@@ -1004,10 +1004,12 @@ def test_landing_is_exact_and_refuses_what_cannot_be():
             assert flops.flops_ratio(model.eval()(batch)[1].double(), model.config).item() == pytest.approx(r, abs=1e-6)
         return r
 
-    for target in (1.0, 0.9, 0.5, 0.3):
+    for target in (1.0, 0.9, 0.5, 0.3, 0.08):
         ranks = [torch.zeros(1) for _ in maskers]
         assert land(ranks, target) == pytest.approx(target, abs=0.003)
-        assert len({rank.item() for rank in ranks}) == 1  # every block removes the same share ...
+        shares = {step: {rank.item() for (kind, _), rank in zip(maskers, ranks) if kind == step} for step in ("merge", "prune")}
+        assert len(shares["merge"]) == 1  # every block merges the same share, and prunes where merging is not enough ...
+        assert shares["prune"] == ({0.0} if target > 0.1 else shares["merge"])
         for (step, masker), rank in zip(maskers, ranks):  # ... of the scores that it met
             found = scores[masker]
             removed = (found > masker.threshold if step == "merge" else found <= masker.threshold).float().mean().item()

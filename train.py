@@ -253,54 +253,50 @@ def set_ranks(model, scores, ranks):
 
 
 @torch.no_grad()
-def take_off(model, batches, scores, target):
-    """Ranks from which to learn, where r is the target: by merging alone, as far as that goes, as in the paper. Returns them and r."""
-    ranks = [torch.zeros_like(masker.threshold) for masker in scores]
-    if model.method != "ltp":
-        try:
-            return ranks, land(model, batches, scores, ranks, target, 0.01, ("merge",))
-        except ValueError:
-            for rank in ranks:
-                rank.zero_()
-    return ranks, land(model, batches, scores, ranks, target, 0.01)
-
-
-@torch.no_grad()
-def land(model, batches, scores, ranks, target, tolerance=0.002, moving=("merge", "prune")):
+def land(model, batches, scores, ranks, target, tolerance=0.002):
     """Lower or raise all ranks by the same amount until r, tokens really dropped, is the target. Returns r.
 
-    batches: images (B, 3, S, S); scores, ranks: as for set_ranks; the ranks are changed in place, those of the
-    kinds in `moving`. Raises ValueError where even removing all that may go leaves a larger r.
+    Those of merge thresholds alone, if there are any and that is enough: who merges loses less than who is pruned.
+    batches: images (B, 3, S, S); scores, ranks: as for set_ranks; the ranks are changed in place.
+    Raises ValueError where even removing all that may go leaves a larger r.
     """
-    start = [rank.clone() for rank in ranks]
+    steps, before = [step for step, _ in threshold_maskers(model)], [rank.clone() for rank in ranks]
 
-    def r_at(t):  # more t, more tokens
-        for rank, before, (step, _) in zip(ranks, start, threshold_maskers(model)):
-            rank.copy_((before - t).clamp(0, 1) if step in moving else before)
+    def r_at(moving, t):  # more t, more tokens
+        for step, rank, old in zip(steps, ranks, before):
+            rank.copy_((old - t).clamp(0, 1) if step in moving else old)
         set_ranks(model, scores, ranks)
         return measured_r(model, batches)
 
     model.eval()
-    last, t = (0.0, r_at(0.0)), 0.02
+    for moving in ({"merge"}, {"merge", "prune"}):
+        if moving & set(steps) and (r := find(partial(r_at, moving), target, tolerance)) is not None:
+            return r
+    raise ValueError(f"the target {target:g} is out of reach: the lowest r is {r_at(moving, -1):.3f}")
+
+
+def find(f, target, tolerance):
+    """Look for the t from -1 to 1 at which f, which grows with t, is the target. Returns f(t), called last; None where it does not get there."""
+    last, t = (0.0, f(0.0)), 0.02
     sign = 1 if last[1] < target else -1
     while abs(last[1] - target) > tolerance:  # step by step until the target is passed
-        here = (sign * t, r_at(sign * t))
+        here = (sign * t, f(sign * t))
         if sign * (here[1] - target) >= 0:
             low, high = sorted([last, here])
             break
-        if t > 1:
-            raise ValueError(f"the target {target:g} is out of reach: the lowest r is {here[1]:.3f}")
-        last, t = here, 3 * t
+        if t == 1:
+            return None
+        last, t = here, min(1, 3 * t)
     else:
         return last[1]
     while high[0] - low[0] > 1e-6:  # between two that enclose it: where a straight line meets it, but a tenth of the way at least
         share = (target - low[1]) / max(high[1] - low[1], 1e-9)
         t = low[0] + min(max(share, 0.1), 0.9) * (high[0] - low[0])
-        r = r_at(t)
-        if abs(r - target) <= tolerance:
+        value = f(t)
+        if abs(value - target) <= tolerance:
             break
-        low, high = ((t, r), high) if r < target else (low, (t, r))
-    return r
+        low, high = ((t, value), high) if value < target else (low, (t, value))
+    return value
 
 
 def settings(args):
@@ -380,8 +376,7 @@ def main(argv=None):
                 scores = scores_of(model, batches[0])
                 ranks = [torch.zeros_like(masker.threshold) for masker in scores]
                 if not saved:
-                    ranks, r = take_off(model, batches[:2], scores, args.target)
-                    evaluate.say(f"start: r = {r:.3f}")
+                    evaluate.say(f"start: r = {land(model, batches[:2], scores, ranks, args.target, 0.01):.3f}")
             for masker, found in scores.items():
                 masker.whole_gradient = True
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
