@@ -33,11 +33,11 @@ def eval_transform(size=224, crop_pct=0.9, mean=(0.485, 0.456, 0.406), std=(0.22
     Returns a function of the image: bit for bit what torchvision's Resize, CenterCrop, ToTensor and
     Normalize give on PIL images.
     """
-    return partial(_resize_and_crop, size, math.floor(size / crop_pct), mean, std)  # unlike a closure, workers can be sent it
+    return partial(_resize_and_crop, size, math.floor(size / crop_pct), *per_channel(mean, std))  # unlike a closure, workers can be sent it
 
 
 def _resize_and_crop(size, short, mean, std, image):
-    image = image.convert("RGB")
+    image = to_rgb(image)
     width, height = image.size
     if width <= height:
         resized = short, int(short * height / width)
@@ -45,7 +45,7 @@ def _resize_and_crop(size, short, mean, std, image):
         resized = int(short * width / height), short
     image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = (int(round((side - size) / 2)) for side in resized)
-    return to_tensor(image.crop((left, top, left + size, top + size)), mean, std)
+    return to_tensor(image.crop((left, top, left + size, top + size))).sub_(mean).div_(std)
 
 
 def train_transform(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), scale=(0.08, 1.0), jitter=0.4):
@@ -55,11 +55,11 @@ def train_transform(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.2
     multiplied by a factor from 1 - jitter to 1 + jitter. Returns a function of the image and, to
     draw from, a random.Random.
     """
-    return partial(_crop_flip_jitter, size, mean, std, scale, jitter)
+    return partial(_crop_flip_jitter, size, *per_channel(mean, std), scale, jitter)
 
 
 def _crop_flip_jitter(size, mean, std, scale, jitter, image, rng=random):
-    image = image.convert("RGB")
+    image = to_rgb(image)
     resample = rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
     image = image.resize((size, size), resample, box=random_crop(image.size, scale, rng))
     if rng.random() < 0.5:
@@ -68,7 +68,7 @@ def _crop_flip_jitter(size, mean, std, scale, jitter, image, rng=random):
     rng.shuffle(enhancers)
     for enhancer in enhancers:
         image = enhancer(image).enhance(rng.uniform(1 - jitter, 1 + jitter))
-    return to_tensor(image, mean, std)
+    return to_tensor(image).sub_(mean).div_(std)
 
 
 def random_crop(image_size, scale, rng, ratio=(3 / 4, 4 / 3)):
@@ -89,11 +89,20 @@ def random_crop(image_size, scale, rng, ratio=(3 / 4, 4 / 3)):
     return left, top, left + w, top + h
 
 
-def to_tensor(image, mean, std):
-    """RGB image -> (3, H, W) float32, from 0..255 to 0..1, then minus mean, by std, per channel."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W) uint8
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    return pixels.float().div_(255).sub_(mean).div_(std)
+def to_rgb(image):
+    """The image in RGB; the image itself, without the copy that convert makes, if it already is."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_tensor(image):
+    """RGB image -> (3, H, W) float32, 0..255 become 0..1."""
+    pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # one pass for the order of axes and the type
+    return torch.from_numpy(pixels).div_(255)
+
+
+def per_channel(*triples):
+    """Each triple of numbers as a tensor (3, 1, 1)."""
+    return [torch.tensor(triple)[:, None, None] for triple in triples]
 
 
 # ---------------------------------------------------------------------------------------------
