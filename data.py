@@ -16,11 +16,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 
 DEMO_FILE = Path(__file__).parent / "demo" / "fashion_mnist.npz"
 FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
+
+GREY = torch.tensor([0.299, 0.587, 0.114])  # red, green and blue in grey, as Pillow has it
 
 
 # ---------------------------------------------------------------------------------------------
@@ -64,11 +66,14 @@ def _crop_flip_jitter(size, mean, std, scale, jitter, image, rng=random):
     image = image.resize((size, size), resample, box=random_crop(image.size, scale, rng))
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
-    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color] if jitter else []
-    rng.shuffle(enhancers)
-    for enhancer in enhancers:
-        image = enhancer(image).enhance(rng.uniform(1 - jitter, 1 + jitter))
-    return to_tensor(image).sub_(mean).div_(std)
+    pixels = to_tensor(image)
+    # Brightness is the distance from black, contrast that from the image's mean grey, saturation that from each pixel's grey.
+    origins = [lambda: pixels.new_zeros(()), lambda: GREY @ pixels.flatten(1).mean(1), lambda: torch.tensordot(GREY, pixels, 1)]
+    origins = origins if jitter else []
+    rng.shuffle(origins)
+    for origin in origins:
+        torch.lerp(origin(), pixels, rng.uniform(1 - jitter, 1 + jitter), out=pixels).clamp_(0, 1)
+    return pixels.sub_(mean).div_(std)
 
 
 def random_crop(image_size, scale, rng, ratio=(3 / 4, 4 / 3)):
