@@ -1,9 +1,11 @@
 """Images: folders of them, the transforms, and the embedded Fashion-MNIST.
 
-A dataset here gives (image, class index) and has `.classes`. Without a transform the image is a
-PIL image in RGB; `eval_transform` and `train_transform` make it a tensor (3, S, S) float32.
+A dataset here gives (image, class index) and has `.classes`; dataset.item(index, transform) is an
+item under another transform than its own. Without a transform the image is a PIL image in RGB;
+`eval_transform` and `train_transform` make it a tensor (3, S, S) float32.
 
     python data.py FASHION_MNIST_DIR    makes demo/fashion_mnist.npz from the four original files
+    python data.py --benchmark DIR      images/s of a folder with one folder of images per class
 """
 
 import argparse
@@ -11,20 +13,23 @@ import gzip
 import math
 import os
 import random
+import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps
+from PIL import Image, ImageOps
 
 DEMO_FILE = Path(__file__).parent / "demo" / "fashion_mnist.npz"
 FASHION_CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"]
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 
+GREY = torch.tensor([0.299, 0.587, 0.114])  # red, green and blue in grey, as Pillow has it
+
 
 # ---------------------------------------------------------------------------------------------
-# Transforms: PIL image in RGB in, tensor (3, S, S) out
+# Transforms: PIL image in, tensor (3, S, S) out
 
 
 def eval_transform(size=224, crop_pct=0.9, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)):
@@ -33,11 +38,11 @@ def eval_transform(size=224, crop_pct=0.9, mean=(0.485, 0.456, 0.406), std=(0.22
     Returns a function of the image: bit for bit what torchvision's Resize, CenterCrop, ToTensor and
     Normalize give on PIL images.
     """
-    return partial(_resize_and_crop, size, math.floor(size / crop_pct), mean, std)  # unlike a closure, workers can be sent it
+    return partial(_resize_and_crop, size, math.floor(size / crop_pct), *per_channel(mean, std))  # unlike a closure, workers can be sent it
 
 
 def _resize_and_crop(size, short, mean, std, image):
-    image = image.convert("RGB")
+    image = to_rgb(image)
     width, height = image.size
     if width <= height:
         resized = short, int(short * height / width)
@@ -45,7 +50,7 @@ def _resize_and_crop(size, short, mean, std, image):
         resized = int(short * width / height), short
     image = image.resize(resized, Image.Resampling.BICUBIC)
     left, top = (int(round((side - size) / 2)) for side in resized)
-    return to_tensor(image.crop((left, top, left + size, top + size)), mean, std)
+    return to_tensor(image.crop((left, top, left + size, top + size))).sub_(mean).div_(std)
 
 
 def train_transform(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225), scale=(0.08, 1.0), jitter=0.4):
@@ -53,22 +58,34 @@ def train_transform(size=224, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.2
 
     scale: area of the crop as a share of the image; jitter: brightness, contrast and saturation are
     multiplied by a factor from 1 - jitter to 1 + jitter. Returns a function of the image and, to
-    draw from, a random.Random.
+    draw from, a random.Random. A JPEG that is not decoded yet is decoded at 1/2, 1/4 or 1/8 of its size
+    if that leaves `size` pixels across the crop.
     """
-    return partial(_crop_flip_jitter, size, mean, std, scale, jitter)
+    return partial(_crop_flip_jitter, size, *per_channel(mean, std), scale, jitter)
 
 
 def _crop_flip_jitter(size, mean, std, scale, jitter, image, rng=random):
-    image = image.convert("RGB")
     resample = rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
-    image = image.resize((size, size), resample, box=random_crop(image.size, scale, rng))
+    box = draft(image, random_crop(image.size, scale, rng), size)
+    image = to_rgb(image).resize((size, size), resample, box=box)
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
-    enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color] if jitter else []
-    rng.shuffle(enhancers)
-    for enhancer in enhancers:
-        image = enhancer(image).enhance(rng.uniform(1 - jitter, 1 + jitter))
-    return to_tensor(image, mean, std)
+    pixels = to_tensor(image)
+    # Brightness is the distance from black, contrast that from the image's mean grey, saturation that from each pixel's grey.
+    origins = [lambda: pixels.new_zeros(()), lambda: GREY @ pixels.flatten(1).mean(1), lambda: torch.tensordot(GREY, pixels, 1)]
+    origins = origins if jitter else []
+    rng.shuffle(origins)
+    for origin in origins:
+        torch.lerp(origin(), pixels, rng.uniform(1 - jitter, 1 + jitter), out=pixels).clamp_(0, 1)
+    return pixels.sub_(mean).div_(std)
+
+
+def draft(image, box, size):
+    """Have the decoder of a JPEG shrink it while the box keeps `size` pixels across. Returns the box in the image as it then is."""
+    width, height = image.size
+    times = max(1, min(box[2] - box[0], box[3] - box[1]) // size)
+    drafted = image.draft("RGB", (width // times, height // times))  # (mode, (0, 0, width and height by 1, 2, 4 or 8)); None if no JPEG or decoded
+    return tuple(side * drafted[1][2] / width for side in box) if drafted else box
 
 
 def random_crop(image_size, scale, rng, ratio=(3 / 4, 4 / 3)):
@@ -89,22 +106,34 @@ def random_crop(image_size, scale, rng, ratio=(3 / 4, 4 / 3)):
     return left, top, left + w, top + h
 
 
-def to_tensor(image, mean, std):
-    """RGB image -> (3, H, W) float32, from 0..255 to 0..1, then minus mean, by std, per channel."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (3, H, W) uint8
-    mean, std = (torch.tensor(values)[:, None, None] for values in (mean, std))
-    return pixels.float().div_(255).sub_(mean).div_(std)
+def to_rgb(image):
+    """The image in RGB; the image itself, without the copy that convert makes, if it already is."""
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def to_tensor(image):
+    """RGB image -> (3, H, W) float32, 0..255 become 0..1."""
+    pixels = np.asarray(image).transpose(2, 0, 1).astype(np.float32, order="C")  # one pass for the order of axes and the type
+    return torch.from_numpy(pixels).div_(255)
+
+
+def per_channel(*triples):
+    """Each triple of numbers as a tensor (3, 1, 1)."""
+    return [torch.tensor(triple)[:, None, None] for triple in triples]
 
 
 # ---------------------------------------------------------------------------------------------
 # Datasets
 
 
-def open_image(path):
-    """The image in a file as a PIL image in RGB. Raises ValueError where there is none."""
+def open_image(path, transform=None):
+    """What transform makes of the image in a file, given before it is decoded; without one a PIL image in RGB.
+
+    Raises ValueError where there is no image.
+    """
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            return transform(image) if transform else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"cannot read the image {path}: {error}") from None
 
@@ -136,9 +165,11 @@ class ImageFolder(torch.utils.data.Dataset):
         return len(self.samples)
 
     def __getitem__(self, index):
+        return self.item(index, self.transform)
+
+    def item(self, index, transform):
         path, label = self.samples[index]
-        image = open_image(path)
-        return (self.transform(image) if self.transform else image), label
+        return open_image(path, transform), label
 
 
 class FashionMNIST(torch.utils.data.Dataset):
@@ -164,8 +195,11 @@ class FashionMNIST(torch.utils.data.Dataset):
         return len(self.labels)
 
     def __getitem__(self, index):
+        return self.item(index, self.transform)
+
+    def item(self, index, transform):
         image = Image.fromarray(self.images[index]).convert("RGB")
-        return (self.transform(image) if self.transform else image), int(self.labels[index])
+        return (transform(image) if transform else image), int(self.labels[index])
 
 
 def _read_idx(path, item_shape):
@@ -175,20 +209,21 @@ def _read_idx(path, item_shape):
 
 
 class Augmented(torch.utils.data.Dataset):
-    """A dataset under a random transform whose draws depend on (seed, epoch, index) alone.
+    """A dataset, or `limit` items of it, under a random transform whose draws depend on (seed, epoch, index) alone.
 
-    Item number epoch * len(dataset) + index: the same whichever worker makes it, and when.
+    Item number epoch * len(self) + index: the same whichever worker makes it, and when.
     """
 
-    def __init__(self, dataset, transform, seed):
+    def __init__(self, dataset, transform, seed, limit=None):
         self.dataset, self.transform, self.seed = dataset, transform, seed
+        self.indices = evenly(len(dataset), limit)
 
     def __len__(self):
-        return len(self.dataset)
+        return len(self.indices)
 
     def __getitem__(self, number):
-        image, label = self.dataset[number % len(self.dataset)]
-        return self.transform(image, random.Random(f"{self.seed} {number}")), label
+        transform = partial(self.transform, rng=random.Random(f"{self.seed} {number}"))
+        return self.dataset.item(self.indices[number % len(self)], transform)
 
 
 def open_split(root, split, transform=None, val_fraction=None, seed=0):
@@ -225,10 +260,13 @@ def open_split(root, split, transform=None, val_fraction=None, seed=0):
 
 def subset(dataset, limit):
     """`limit` items spread evenly over the dataset (all if None), so that every class has its share."""
-    if limit is None or limit >= len(dataset):
-        return dataset
-    indices = [i * len(dataset) // limit for i in range(limit)]
-    return torch.utils.data.Subset(dataset, indices)
+    return torch.utils.data.Subset(dataset, evenly(len(dataset), limit))
+
+
+def evenly(length, limit):
+    """The indices of `limit` of length items, spread evenly (all if None)."""
+    count = length if limit is None else min(limit, length)
+    return [i * length // count for i in range(count)]
 
 
 def sample(dataset, count, seed):
@@ -246,12 +284,57 @@ def epoch_batches(length, batch_size, epoch, seed):
 # ---------------------------------------------------------------------------------------------
 
 
-def main():
-    """The command line: make the embedded data."""
+def benchmark(folder, count=256, repeats=7):
+    """Print how many images of a folder, one folder per class in it, are read and transformed in a second, beside torchvision if it is installed.
+
+    In this process, one thread: medians of `repeats` times `count` images, both in turn. Raises ValueError where there are none.
+    """
+    torch.set_num_threads(1)
+    sides = [{"evaluation": ImageFolder(folder, eval_transform()), "training": Augmented(ImageFolder(folder), train_transform(), seed=0)}]
+    try:
+        sides.append(torchvision_folders(folder))
+    except (ImportError, RuntimeError) as error:
+        print(f"no torchvision to compare with: {error}")
+    for name in sides[0]:
+        found = np.array([[speed(side[name], count) for side in sides] for _ in range(repeats)])  # (repeats, 2), or (repeats, 1) without torchvision
+        line = f"{name:<10} {np.median(found[:, 0]):.0f} images/s"
+        print(line if len(sides) == 1 else f"{line}, torchvision {np.median(found[:, 1]):.0f}, ratio {np.median(found[:, 0] / found[:, 1]):.2f}", flush=True)
+
+
+def speed(dataset, count):
+    """Items per second of this process's CPU time: other programs, and a disk that is waited for, do not count."""
+    indices = evenly(len(dataset), count)
+    start = time.process_time()
+    for index in indices:
+        dataset[index]
+    return len(indices) / (time.process_time() - start)
+
+
+def torchvision_folders(folder):
+    """The folder under torchvision's counterparts of eval_transform() and train_transform()."""
+    from torchvision import datasets, transforms as T
+
+    ways = T.InterpolationMode.BILINEAR, T.InterpolationMode.BICUBIC
+    finish = T.ToTensor(), T.Normalize((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    clean = T.Resize(248, ways[1]), T.CenterCrop(224)
+    random_view = T.RandomChoice([T.RandomResizedCrop(224, interpolation=way) for way in ways]), T.RandomHorizontalFlip(), T.ColorJitter(0.4, 0.4, 0.4)
+    return {"evaluation": datasets.ImageFolder(folder, T.Compose([*clean, *finish])),
+            "training": datasets.ImageFolder(folder, T.Compose([*random_view, *finish]))}
+
+
+def main(argv=None):
+    """The command line: make the embedded data, or measure how fast images load."""
     parser = argparse.ArgumentParser(description="Make the embedded data: a balanced part of Fashion-MNIST.")
     parser.add_argument("folder", help="folder with Fashion-MNIST's four *-ubyte.gz files")
     parser.add_argument("--out", type=Path, default=DEMO_FILE, help="file to write (default: %(default)s)")
-    args = parser.parse_args()
+    parser.add_argument("--benchmark", action="store_true",
+                        help="measure images/s instead; folder holds one folder of images per class; beside torchvision, if it is installed")
+    args = parser.parse_args(argv)
+    if args.benchmark:
+        try:
+            return benchmark(args.folder)
+        except ValueError as error:
+            parser.exit(2, f"data.py: {error}\n")
     arrays = {}
     for split, per_class in (("train", 300), ("test", 200)):  # the first of each class, in their order
         full = FashionMNIST(args.folder, split)

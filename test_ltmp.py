@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageEnhance, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -845,6 +845,75 @@ def test_train_transform_crops_flips_and_jitters():
     assert 70 < sum(flips) < 130
     jittered = data.train_transform(8, (0,) * 3, (1,) * 3, scale=(1, 1), jitter=0.4)
     assert len({round(jittered(half, random.Random(seed)).max().item(), 3) for seed in range(50)}) > 20
+
+
+def test_train_transform_is_pillows_but_for_rounding_and_draws_in_a_fixed_order():
+    image, worst = odd_image("RGB", (90, 70)), []
+    for seed in range(40):
+        rng, same = random.Random(seed), random.Random(seed)
+        found = data.train_transform(32, (0,) * 3, (1,) * 3)(image, same)
+        resample = rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
+        expected = image.resize((32, 32), resample, box=data.random_crop(image.size, (0.08, 1.0), rng))
+        expected = ImageOps.mirror(expected) if rng.random() < 0.5 else expected
+        enhancers = [ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color]
+        rng.shuffle(enhancers)
+        for enhancer in enhancers:
+            expected = enhancer(expected).enhance(rng.uniform(0.6, 1.4))
+        worst.append((found.permute(1, 2, 0) * 255 - torch.from_numpy(np.array(expected))).abs().max())
+        assert rng.random() == same.random()
+    assert max(worst) < 5  # Pillow rounds down after each of the three steps, and a later one multiplies that by up to 1.4
+
+
+def test_training_decodes_a_large_jpeg_smaller_and_sees_the_same(tmp_path):
+    (tmp_path / "a").mkdir()
+    path = tmp_path / "a" / "large.jpg"
+    odd_image("RGB", (24, 18)).resize((1203, 901), Image.Resampling.BICUBIC).save(path, quality=95)  # sides that 8 does not divide
+    divisors, whole = set(), data.open_image(path)
+    for seed in range(40):
+        size = (32, 100, 250, 500)[seed % 4]
+        with Image.open(path) as image:
+            left, top, right, bottom = box = data.random_crop(image.size, (0.08, 1.0), random.Random(seed))
+            shrunk = data.draft(image, box, size)
+            image.load()
+        divisor, across = round(1203 / image.width), min(right - left, bottom - top)
+        assert shrunk == tuple(side / divisor for side in box) and image.size == (math.ceil(1203 / divisor), math.ceil(901 / divisor))
+        assert divisor == 1 or across / divisor >= size
+        assert divisor == 8 or across / (2 * divisor) < size
+        divisors.add(divisor)
+    assert divisors == {1, 2, 4, 8} and data.draft(whole, box, 32) == box
+
+    transform, folder = data.train_transform(64, (0,) * 3, (1,) * 3), data.ImageFolder(tmp_path)
+    for number in range(10):
+        view, label = data.Augmented(folder, transform, seed=1)[number]
+        undrafted = transform(whole, random.Random(f"1 {number}"))
+        assert label == 0 and (view - undrafted).abs().max() < 0.05 and (view - undrafted).abs().mean() < 0.005
+        assert torch.equal(view, data.Augmented(folder, transform, seed=1)[number][0])
+
+
+def test_a_jpeg_cut_short_is_named_whatever_the_transform(tmp_path):
+    make_folder(tmp_path, size=(400, 300))
+    path = tmp_path / "val" / "a" / "0.jpg"
+    path.write_bytes(path.read_bytes()[:5000])
+    folder = data.ImageFolder(tmp_path / "val")
+    for transform in (None, data.eval_transform(32)):
+        with pytest.raises(ValueError, match="0.jpg"):
+            folder.item(0, transform)
+    with pytest.raises(ValueError, match="0.jpg"):
+        data.Augmented(folder, data.train_transform(32), seed=0)[0]
+
+
+def test_the_benchmark_of_the_images(tmp_path, monkeypatch, capsys):
+    make_folder(tmp_path)
+    monkeypatch.setitem(sys.modules, "torchvision", None)  # as if it were not installed
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)  # the other tests keep theirs
+    data.main(["--benchmark", str(tmp_path / "val")])
+    first, *lines = capsys.readouterr().out.splitlines()
+    assert "torchvision" in first and [re.fullmatch(r"(\w+) +[1-9]\d* images/s", line)[1] for line in lines] == ["evaluation", "training"]
+    assert threads == [1]
+    with pytest.raises(SystemExit) as stopped:
+        data.main(["--benchmark", str(tmp_path / "absent")])
+    assert stopped.value.code == 2 and capsys.readouterr().err == f"data.py: no folder at {tmp_path / 'absent'}\n"
 
 
 def test_embedded_data_is_balanced_and_the_splits_share_nothing():

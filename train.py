@@ -359,7 +359,7 @@ def main(argv=None):
     # Fashion-MNIST's objects are centred and fill the image: of the augmentation only the flip makes sense.
     milder = {"scale": (1, 1), "jitter": 0} if isinstance(train_set, data.FashionMNIST) else {}
     transform = data.train_transform(config.image_size, config.mean, config.std, **milder)
-    augmented = data.Augmented(data.subset(train_set, args.limit_train), transform, args.seed)
+    augmented = data.Augmented(train_set, transform, args.seed, args.limit_train)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
