@@ -1091,6 +1091,31 @@ def test_landing_is_exact_and_refuses_what_cannot_be():
         land([torch.zeros(1) for _ in maskers], 0.01)
 
 
+def test_a_threshold_has_about_the_gradient_of_finite_differences():
+    model = demo_model("ltmp")
+    images = data.subset(data.open_split(None, "train", evaluate.clean_transform(model.config)), 96)
+    batch, labels = torch.stack([image for image, _ in images]), torch.tensor([label for _, label in images])
+    scores = train.scores_of(model, batch)
+    for masker, found in scores.items():
+        masker.whole_gradient, masker.tau = True, 0.5 * (found.quantile(0.75) - found.quantile(0.25)).item()
+    masker = model.blocks[0].prune_masker
+
+    def terms(rank, images, labels):
+        train.set_ranks(model, scores, [torch.tensor([rank if each is masker else 0.33]) for each in scores])  # r = 0.3
+        logits, kept = model(images)
+        return torch.stack([F.cross_entropy(logits, labels, label_smoothing=0.1), flops.flops_ratio(kept, model.config)])
+
+    with torch.inference_mode():
+        model.eval()
+        low, high = ((terms(rank, batch, labels), masker.threshold.item()) for rank in (0.23, 0.43))
+    slope = (high[0] - low[0]) / (high[1] - low[1])
+    model.train()
+    gradient = sum(torch.tensor([torch.autograd.grad(term, masker.threshold, retain_graph=True)[0].item() for term in terms(0.33, x, y)])
+                   for x, y in zip(batch.split(32), labels.split(32))) / 3
+    assert 0.2 < gradient[0] / slope[0] < 5  # without the cut at a ratio of 1 it is -20
+    assert 0.5 < gradient[1] / slope[1] < 2
+
+
 def test_dense_training_changes_all_weights_and_learns(tmp_path):
     make_folder(tmp_path / "images", classes=("red", "green", "blue"), per_class=8, size=(28, 28), suffix=".png")
     train.main(["--model", "demo", "--method", "dense", "--weights", "none", "--data", str(tmp_path / "images"), "--epochs", "8", "-b", "6",
