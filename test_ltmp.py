@@ -7,9 +7,11 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -866,7 +868,17 @@ def demo_model(method, **options):
 
 
 METRICS = {"top1", "top5", "dense_top1", "dense_top5", "flops_ratio", "gflops", "kept", "images"}
+
+
 SMALL = ["--limit-train", "48", "--limit-val", "40", "-b", "8"]  # of the demo
+TINY = {"tiny": ViTConfig(image_size=28, patch_size=7, dim=16, depth=2, heads=2, num_classes=10)}  # 17 tokens
+TINY_MODEL = ["--model", "tiny", "--weights", "none"]
+TINY_RUN = [*TINY_MODEL, "--limit-train", "8", "-b", "2", "--epochs", "2", "--limit-val", "10"]  # eight steps, on Fashion-MNIST
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "tiny", TINY["tiny"])
 
 
 def read(path):
@@ -1071,6 +1083,13 @@ def test_frontier_learns_evaluates_and_goes_on(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == first and read(tmp_path / "frontier.json") == rows
 
 
+def test_where_a_run_of_the_frontier_fails_it_says_how_to_go_on(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 2))
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*TINY_MODEL, "--frontier", str(tmp_path), "--methods", "ltm", "--targets", "0.6", "--limit-val", "10"])
+    assert stopped.value.code == 2 and "ltm-0.6-0: train.py ended with code 2; the same command goes on from there" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_frontier_points_are_means_over_seeds_with_their_spread():
     rows = [{"method": "dense", "target": 1.0, "seed": 0, "r": 1.0, "top1": 90.0}]
     rows += [{"method": "ltmp", "target": 0.5, "seed": seed, "r": 0.5 + 0.01 * seed, "top1": 88.0 + seed} for seed in (0, 1)]
@@ -1154,6 +1173,146 @@ def test_wrong_training_is_refused_in_one_line(flags, message, tmp_path, capsys)
         train.main(["--limit-val", "8", "--out", str(tmp_path), *flags])
     printed = capsys.readouterr()
     assert stopped.value.code == 2 and message in printed.err and len(printed.err.strip().splitlines()) == 1 and not printed.out
+
+
+# ---------------------------------------------------------------------------------------------
+# What happens to real runs
+
+def spoil(root):
+    """Damage images of make_folder(root, suffix=".png") in four ways. Their paths, those in train first."""
+    header = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (30000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    bomb = header + zlib.crc32(header[12:]).to_bytes(4, "big") + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
+    whole = (root / "train" / "a" / "0.png").read_bytes()
+    paths = [root / name for name in ("train/a/1.png", "train/b/0.png", "train/b/1.png", "val/a/0.png", "val/b/1.png")]
+    for path, content in zip(paths, (whole[:-40], b"no image", bomb, b"", whole[: len(whole) // 2])):
+        path.write_bytes(content)
+    return paths
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("script, flags", [
+    (train, ["--recipe", "paper"]), (train, ["--recipe", "adaptive"]), (evaluate, ["--method", "dense"]),
+    (evaluate, ["--method", "dense", "--benchmark", "--batch-sizes", "8"]),
+])
+def test_a_bad_image_is_one_line_from_any_process(tiny, tmp_path, capsys, script, flags, workers):
+    spoil(make_folder(tmp_path / "images", classes=("a", "b"), size=(28, 28), suffix=".png"))
+    more = ["--out", str(tmp_path / "out")] if script is train else []
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*TINY_MODEL, "--num-classes", "2", "--data", str(tmp_path / "images"), "--workers", workers, *flags, *more])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(printed.splitlines()) == 1 and "cannot read the image " in printed
+    assert "--benchmark" in flags or "; --skip-bad-images goes on" in printed
+
+
+def test_evaluation_without_bad_images_is_that_of_the_good_ones(tiny, tmp_path, capsys):
+    bad = spoil(make_folder(tmp_path / "bad", classes=("a", "b"), size=(28, 28), suffix=".png"))
+    shutil.copytree(tmp_path / "bad", tmp_path / "good")
+    for path in bad:
+        (tmp_path / "good" / path.relative_to(tmp_path / "bad")).unlink()
+    for name in ("bad", "good"):
+        flags = [f for kind in ("json", "gallery", "chart") for f in (f"--{kind}", str(tmp_path / f"{name}.{kind}"))]
+        torch.manual_seed(0)  # the random weights
+        evaluate.main([*TINY_MODEL, "--method", "tome", "--r", "3", "--data", str(tmp_path / name), "-b", "3", "--workers", "1", "--skip-bad-images", *flags])
+        said = capsys.readouterr().err
+        assert [said.count(f"cannot read the image {path}:") for path in bad] == ([0, 0, 0, 1, 1] if name == "bad" else [0] * 5)
+        assert ("2 images were left out" in said) == (name == "bad")
+    assert read(tmp_path / "good.json")["images"] == 6
+    for kind in ("json", "gallery", "chart"):
+        assert (tmp_path / f"bad.{kind}").read_bytes() == (tmp_path / f"good.{kind}").read_bytes()
+
+
+def test_where_every_image_is_bad_it_says_so(tiny, tmp_path, capsys):
+    for path in make_folder(tmp_path / "images", size=(28, 28), suffix=".png").rglob("*.png"):
+        path.write_bytes(b"")
+    for script, flags in ((evaluate, ["--method", "dense"]), (train, ["--recipe", "adaptive", "--out", str(tmp_path / "out")])):
+        with pytest.raises(SystemExit) as stopped:
+            script.main([*TINY_MODEL, "--data", str(tmp_path / "images"), "--workers", "0", "--skip-bad-images", *flags])
+        assert stopped.value.code == 2 and re.search("none of .*could be read", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("flag, path", [("--json", "file/inside"), ("--json", "."), ("--chart", "file/inside"), ("--chart", "."), ("--gallery", "."),
+                                        ("--frontier", "file/inside")])
+def test_what_cannot_be_written_is_one_line(tiny, tmp_path, capsys, flag, path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*TINY_MODEL, "--method", "dense", "--limit-val", "20", flag, str(tmp_path / path)])
+    printed = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and f"cannot write {tmp_path / path}" in printed[-1]
+    assert all(re.match(r"(dense|dense-1-0|image by image|dense, image by image): \d+|1/\d+: dense", line) for line in printed[:-1])  # progress
+
+
+@pytest.mark.parametrize("script, name", [(evaluate, "measure"), (train, "learn"), (train, "scores_of")])
+def test_what_nobody_foresaw_keeps_its_traceback(tiny, tmp_path, monkeypatch, script, name):
+    def deep_inside(*args):
+        raise ValueError("deep inside")
+
+    monkeypatch.setattr(script, name, deep_inside)
+    flags = ["--recipe", "adaptive", "--out", str(tmp_path)] if script is train else ["--method", "dense"]
+    with pytest.raises(ValueError, match="deep inside"):
+        script.main([*TINY_RUN[:6], *flags] if script is train else [*TINY_MODEL, *flags])
+
+
+WRONG_INPUT = {  # what train.py and evaluate.py, a tiny model, say to these flags; files: see below
+    "--data {}/empty": "empty has no folder val: it must hold train and val",
+    "--data {}/no images": "b holds no images (.jpg",
+    "--data {}/images --val-fraction 2": "2 is not above 0 and at most 1",
+    "--data {}/images --num-classes 1": "the data has 2 classes, the weights have 1: --num-classes 2 makes a new head",
+    "--image-size 0": "0 is no whole number from 1 on",
+    "--image-size 30": "image_size 30 must be a multiple of patch_size 7",
+    "--batch-size -8": "-8 is no whole number from 1 on",
+    "--limit-val 0.5": "0.5 is no whole number from 1 on",
+    "--seed one": "invalid int value: 'one'",
+    "--weights {}/text": "text is no checkpoint that can be read",
+    "--weights {}/cut": "cut is no checkpoint that can be read",
+    "--weights {}/code": "code is no checkpoint that can be read",
+    "--weights {}/deeper": "does not fit the model: unexpected blocks.2.",
+    "--weights {}/wider": "does not fit the model: cls_token is (1, 1, 24), not (1, 1, 16)",
+}
+WRONG_TRAINING = {
+    "--data {}/val only": "val only has no folder train",
+    "--data {}/odd": "train and val have different classes: c, d in one alone",
+    "--target 1.5": "1.5 is not above 0 and at most 1",
+    "--target -1": "-1 is no number from 0 on",
+    "--lr 1e-3 -1": "-1 is no number from 0 on",
+    "--epochs 0": "0 is no whole number from 1 on",
+    "--patch-drop 0.5": "--patch-drop goes with --method dense",
+}
+WRONG_EVALUATION = {
+    "--thresholds {}/absent": "cannot read thresholds from ",
+    "--thresholds {}/text": "cannot read thresholds from ",
+    "--thresholds {}/deeper.json": "merge_thresholds must be 2 numbers, one per block; got [0.9, 0.9, 0.9]",
+    "--thresholds {}/ltm.json": "the thresholds belong to the method ltm, the model runs ltmp",
+    "--thresholds {}/other.json": "learned for demo, the model is tiny: pass --model demo",
+    "--method tome": "--method tome needs --r",
+    "--method tome --r 1 2 3": "r must be one count >= 0 or 2 of them",
+}
+
+
+@pytest.mark.parametrize("script, flags, message", [(train, *wrong) for wrong in (WRONG_INPUT | WRONG_TRAINING).items()]
+                         + [(evaluate, *wrong) for wrong in (WRONG_INPUT | WRONG_EVALUATION).items()])
+def test_what_is_wrong_is_said_in_one_line(tiny, tmp_path, capsys, script, flags, message):
+    for name in ("empty", "val only/val/a", "no images/train/a", "no images/train/b", "no images/val/a", "no images/val/b"):
+        (tmp_path / name).mkdir(parents=True)
+    make_folder(tmp_path / "images", classes=("a", "b"), per_class=1, size=(28, 28), suffix=".png")
+    shutil.copytree(tmp_path / "images", tmp_path / "odd")
+    for old, new in (("train/b", "train/c"), ("val/b", "val/d")):
+        (tmp_path / "odd" / old).rename(tmp_path / "odd" / new)
+    shutil.copy(tmp_path / "images/train/a/0.png", tmp_path / "no images/train/a")
+    shutil.copy(tmp_path / "images/train/a/0.png", tmp_path / "no images/val/a")
+    (tmp_path / "text").write_text("text")
+    torch.save({"model": random.Random()}, tmp_path / "code")
+    torch.save(create_model("tiny", depth=3).state_dict(), tmp_path / "deeper")
+    torch.save(create_model("tiny", dim=24).state_dict(), tmp_path / "wider")
+    (tmp_path / "cut").write_bytes((tmp_path / "wider").read_bytes()[:20_000])
+    for name, found in (("deeper", {"merge_thresholds": [0.9] * 3, "prune_thresholds": [0.0] * 3}), ("ltm", {"method": "ltm", "merge_thresholds": [0.9] * 2}),
+                        ("other", {"model": "demo"}), ("good", {"merge_thresholds": [0.9] * 2, "prune_thresholds": [0.0] * 2})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"method": "ltmp"} | found))
+    more = ["--out", str(tmp_path / "out")] if script is train else ["--thresholds", str(tmp_path / "good.json")]
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*TINY_MODEL, "--method", "ltmp", *more, *(flag.format(tmp_path) for flag in re.split(r" (?!only|images)", flags))])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and message in printed.err and len(printed.err.splitlines()) == 1 and not printed.out, printed.err
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------

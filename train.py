@@ -107,7 +107,7 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
     """Train for --epochs over train_set what make_optimizer chose. Writes log.csv and last.pt every minute and at the end.
 
     saved: a checkpoint to go on from. scores, ranks: as for set_ranks; if given, the ranks are what
-    learns. They are changed in place.
+    learns. They are changed in place. Returns what is wrong with the images that were left out, a set.
     """
     me, processes = evaluate.processes()
     batch_size = args.batch_size * processes  # of all together
@@ -117,11 +117,11 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
     thresholds = threshold_maskers(model)
     scaler = torch.amp.GradScaler(device.type, enabled=evaluate.amp_dtype(device, args.amp) == torch.float16)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    step, log = 0, [LOG_HEADER]
+    step, skipped, log = 0, set(), [LOG_HEADER]
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        step, log = saved["step"], saved["log"]
+        step, skipped, log = saved["step"], set(saved["skipped"]), saved["log"]
         for rank, value in zip(ranks or [], saved["ranks"]):
             rank.fill_(value)
     hook = model.blocks[0].register_forward_pre_hook(partial(drop_patches, args.patch_drop)) if args.patch_drop else None
@@ -130,7 +130,7 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
         if me > 0:
             return
         save_file(args.out / "last.pt", {name: part.state_dict() for name, part in parts.items()}
-                  | {"step": step, "log": log, "ranks": [rank.item() for rank in ranks or []], "settings": settings(args)})
+                  | {"step": step, "log": log, "skipped": sorted(skipped), "ranks": [rank.item() for rank in ranks or []], "settings": settings(args)})
         evaluate.write_file(args.out / "log.csv", "\n".join(log) + "\n")
 
     interrupted = []  # Ctrl-C ends the step that runs, saves, and stops; a second one stops at once
@@ -142,8 +142,20 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
         epoch, done = divmod(step, batches_per_epoch)
         batches = data.epoch_batches(len(train_set), batch_size, epoch, args.seed)[done:]
         own = [batch[me::processes] or batch[:1] for batch in batches]  # where there are fewer images than processes, one that does not count
-        for batch, (images, labels) in zip(batches, evaluate.make_loader(train_set, args, device, batch_sampler=own)):
-            weight = len(batch[me::processes]) / len(batch)  # of this process in the mean over the batch
+        loader = evaluate.make_loader(train_set, args, device, batch_sampler=own)
+        for batch, (images, labels) in zip(batches, loader):
+            count = len(labels) if batch[me::processes] else 0
+            good = evaluate.total(torch.tensor(count)).item() if args.skip_bad_images else len(batch)
+            if good < len(batch):
+                skipped |= evaluate.gathered(loader.bad.values())
+            if not good:  # a step without an update
+                step += 1
+                schedule.step()
+                log.append(f"{step},,,,")
+                continue
+            if not len(labels):
+                images, labels = torch.zeros(1, 3, *[model.config.image_size] * 2), torch.zeros(1, dtype=torch.long)  # to take part, without weight
+            weight = count / good  # of this process in the mean over the batch
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             torch.manual_seed(args.seed + step)  # what a step draws depends on the step alone
             if hook and step >= 0.75 * total_steps:
@@ -193,6 +205,7 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
     for number, handler in previous.items():
         signal.signal(number, handler)
     save()
+    return skipped
 
 
 def add_up(tensors):
@@ -252,13 +265,17 @@ def set_ranks(model, scores, ranks):
         masker.threshold.data.fill_(value).clamp_(0, 1)
 
 
+class OutOfReach(ValueError):
+    """No thresholds give the target."""
+
+
 @torch.no_grad()
 def land(model, batches, scores, ranks, target, tolerance=0.002):
     """Lower or raise all ranks by the same amount until r, tokens really dropped, is the target. Returns r.
 
     Those of merge thresholds alone, if there are any and that is enough: who merges loses less than who is pruned.
     batches: images (B, 3, S, S); scores, ranks: as for set_ranks; the ranks are changed in place.
-    Raises ValueError where even removing all that may go leaves a larger r.
+    Raises OutOfReach, a ValueError, where even removing all that may go leaves a larger r.
     """
     steps, before = [step for step, _ in threshold_maskers(model)], [rank.clone() for rank in ranks]
 
@@ -272,7 +289,7 @@ def land(model, batches, scores, ranks, target, tolerance=0.002):
     for moving in ({"merge"}, {"merge", "prune"}):
         if moving & set(steps) and (r := find(partial(r_at, moving), target, tolerance)) is not None:
             return r
-    raise ValueError(f"the target {target:g} is out of reach: the lowest r is {r_at(moving, -1):.3f}")
+    raise OutOfReach(f"the target {target:g} is out of reach: the lowest r is {r_at(moving, -1):.3f}")
 
 
 def find(f, target, tolerance):
@@ -302,7 +319,7 @@ def find(f, target, tolerance):
 def settings(args):
     """What must be the same when a run is resumed."""
     return {"processes": evaluate.processes()[1]} | {name: value for name, value in vars(args).items()
-            if name not in ("resume", "overwrite", "out", "workers", "device", "limit_val")}
+            if name not in ("resume", "overwrite", "out", "workers", "device", "limit_val", "skip_bad_images")}
 
 
 def load_checkpoint(args):
@@ -366,12 +383,15 @@ def main(argv=None):
         evaluate.stop(f"cannot write to {args.out}: {error.strerror}")
     try:
         if args.recipe == "paper" or model.method == "dense":
-            learn(model, augmented, args, device, saved)
+            skipped = learn(model, augmented, args, device, saved)
         else:
             plain = evaluate.open_split(args, "train")
             plain.transform = evaluate.clean_transform(config)
             plain = data.sample(plain, min(512, len(augmented)), args.seed)
-            batches = [images.to(device) for images, _ in evaluate.make_loader(plain, args, device, batch_size=64)]
+            loader = evaluate.make_loader(plain, args, device, batch_size=64)
+            batches = [images.to(device) for images, _ in loader if len(images)]
+            if not batches:
+                evaluate.stop(f"none of {len(plain)} training images could be read")
             with evaluate.amp_context(device, args.amp):
                 scores = scores_of(model, batches[0])
                 ranks = [torch.zeros_like(masker.threshold) for masker in scores]
@@ -381,22 +401,23 @@ def main(argv=None):
                 masker.whole_gradient = True
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
             agree(ranks + [masker.threshold.data for masker in scores])
-            learn(model, augmented, args, device, saved, scores, ranks)
+            skipped = learn(model, augmented, args, device, saved, scores, ranks) | set(loader.bad.values())
             with evaluate.amp_context(device, args.amp):
-                evaluate.say(f"landing: r = {land(model, batches, scores, ranks, args.target):.3f} on {len(plain)} training images")
+                evaluate.say(f"landing: r = {land(model, batches, scores, ranks, args.target):.3f} on {sum(map(len, batches))} training images")
             agree(ranks + [masker.threshold.data for masker in scores])
             if evaluate.processes()[0] == 0:
                 last = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
                 save_file(args.out / "last.pt", last | {"model": model.state_dict(), "ranks": [rank.item() for rank in ranks]})
-    except ValueError as error:
+    except OutOfReach as error:
         evaluate.stop(error)
     if model.method != "dense":
         evaluate.write_file(args.out / "thresholds.json", json.dumps(result(model, name, args, len(augmented)), indent=1))
     goal = {} if model.method == "dense" else {"target": args.target}
-    metrics = {"model": name, "method": model.method} | goal | evaluate.measure_both(
-        model, evaluate.make_loader(evaluate.own_share(val_set), args, device, batch_size=args.batch_size), device, args.amp)
+    loader = evaluate.make_loader(evaluate.own_share(val_set), args, device, batch_size=args.batch_size)
+    metrics = {"model": name, "method": model.method} | goal | evaluate.measure_both(model, loader, device, args.amp)
     evaluate.write_file(args.out / "metrics.json", json.dumps(metrics, indent=1))
     evaluate.say(evaluate.report(metrics, name, model.method), sys.stdout)
+    evaluate.say_skipped(evaluate.gathered(skipped | set(loader.bad.values())))
 
 
 if __name__ == "__main__":
