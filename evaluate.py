@@ -118,9 +118,14 @@ def processes():
 
 
 def total(tensor):
-    """The sum of a tensor over all processes, in place."""
+    """The sum of a tensor over all processes, in place. Where one of them is gone, the others end too."""
     if processes()[1] > 1:
-        dist.all_reduce(tensor)
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            if "by peer" not in str(error):  # gloo: connection reset, or closed, by peer
+                raise
+            stop("another process has ended: this one cannot go on without", 1, speaker=processes()[0])
     return tensor
 
 
@@ -288,14 +293,18 @@ def say_skipped(messages):
         say("\n  ".join([f"{len(messages)} images were left out:", *sorted(messages)]))
 
 
-def write_file(path, content):
-    """Write text or bytes under a temporary name, then rename: the file is whole at every moment.
+def write_file(path, content, append=False):
+    """Write text or bytes under a temporary name, then rename: the file is whole at every moment. append: add text at its end instead.
 
     Only the first process writes. What cannot be written ends the program with one line, and leaves what was there.
     """
     if processes()[0] > 0:
         return
     try:
+        if append:
+            with open(path, "a") as file:
+                file.write(content)
+            return
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(f"{path}.tmp").write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(f"{path}.tmp", path)
