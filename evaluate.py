@@ -249,12 +249,15 @@ def make_loader(dataset, args, device, **options):
     workers = args.workers
     if workers is None:
         workers = 0 if isinstance(innermost, data.FashionMNIST) else min(8, os.cpu_count() or 1)
-    return Loader(dataset, args.skip_bad_images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_interrupt, **options)
+    context = "fork" if workers and sys.platform == "linux" else None  # those of a forkserver, Python 3.14's default, outlive a run that is killed
+    return Loader(dataset, args.skip_bad_images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+                  multiprocessing_context=context, **options)
 
 
-def ignore_interrupt(worker):
-    """Ctrl-C reaches the workers too; they end with the main process, which decides when."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    """Ctrl-C, or a scheduler's SIGTERM to all, reaches the workers too; they end with the main process, which decides when."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Progress:

@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import zlib
 from functools import partial
 from pathlib import Path
@@ -1189,8 +1190,8 @@ LIVES.set_forkserver_preload(["torch._dynamo", "test_ltmp"])  # _dynamo: what an
 
 def live(flags, moment=None, count=1, said=os.devnull, environment={}):
     """train.py in a process of its own, saving after every step; it sends itself SIGKILL when that moment (see below) comes for the count-th time."""
+    os.setsid()
     os.environ.update(environment)
-    multiprocessing.set_start_method("fork", force=True)  # of the workers: as in a script
     sys.argv, sys.stderr = ["train.py"], open(said, "a", buffering=1)
     torch.set_num_threads(1)
     VARIANTS.update(TINY)
@@ -1227,10 +1228,12 @@ def started(*args, **named):
 
 
 def ended(process, after=60):
-    """The exit code of a process, which is killed if it lasts longer than that many seconds."""
+    """The exit code of a process, which is killed if it lasts longer than that many seconds. Its workers are ended too."""
     process.join(after)
     process.kill()
     process.join()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
     return process.exitcode
 
 
@@ -1281,6 +1284,20 @@ def test_killed_at_any_moment_a_run_ends_with_the_same_thresholds(tmp_path, what
     if what == "paper":
         listed = said.read_text().rsplit("images were left out:", 1)[1]
         assert [listed.count(f"cannot read the image {path}:") for path in bad] == [1] * 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_and_stops(tmp_path, number):
+    process = started([*TINY_RUN, "--limit-train", "400", "--epochs", "10", "--workers", "2", "--out", str(tmp_path)], said=tmp_path / "said")
+    while not (tmp_path / "log.csv").exists() or (tmp_path / "log.csv").read_text().count("\n") < 8:
+        assert process.is_alive(), (tmp_path / "said").read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    assert ended(process) == 130
+    said, log = (tmp_path / "said").read_text().splitlines(), (tmp_path / "log.csv").read_text()
+    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    assert f"stopped after step {step} of 2000; the same command with --resume goes on from there" in said[-1] and log.count("\n") == 1 + step
+    assert all(line.startswith(("start: r", "train")) for line in said)
 
 
 def two_processes(flags, said, **named):
