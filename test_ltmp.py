@@ -1572,6 +1572,11 @@ def test_the_readme_walks_through_one_image_with_its_true_numbers(monkeypatch, c
     assert capsys.readouterr().out == printed
 
 
+def test_the_readme_names_tests_that_there_are():
+    named = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text())) - {"test_ltmp"}
+    assert len(named) > 10 and named <= globals().keys()
+
+
 def test_the_readme_names_every_flag_that_it_uses():
     text = (HERE / "README.md").read_text()
     known = {"--help"}
