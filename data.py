@@ -126,16 +126,20 @@ def per_channel(*triples):
 # Datasets
 
 
+class ImageError(ValueError):
+    """A file that is no image, or none that can be read to its end."""
+
+
 def open_image(path, transform=None):
     """What transform makes of the image in a file, given before it is decoded; without one a PIL image in RGB.
 
-    Raises ValueError where there is no image.
+    Raises ImageError where there is no image.
     """
     try:
         with Image.open(path) as image:
             return transform(image) if transform else image.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from None
+        raise ImageError(f"cannot read the image {path}: {error}") from None
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -224,6 +228,29 @@ class Augmented(torch.utils.data.Dataset):
     def __getitem__(self, number):
         transform = partial(self.transform, rng=random.Random(f"{self.seed} {number}"))
         return self.dataset.item(self.indices[number % len(self)], transform)
+
+
+class Readable(torch.utils.data.Dataset):
+    """A dataset that gives (None, (index, what is wrong)) in place of an item that cannot be read: from a worker, an error would be a traceback."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            return self.dataset[index]
+        except ImageError as error:
+            return None, (index, str(error))
+
+
+def collate(items):
+    """Items of Readable -> images (B, 3, S, S) and labels (B,) of the good ones, and what is wrong with the others by index."""
+    bad = dict(found for image, found in items if image is None)
+    good = [item for item in items if item[0] is not None]
+    return *(torch.utils.data.default_collate(good) if good else (torch.empty(0), torch.empty(0, dtype=torch.long))), bad
 
 
 def open_split(root, split, transform=None, val_fraction=None, seed=0):

@@ -12,6 +12,7 @@ import argparse
 import atexit
 import ctypes
 import difflib
+import io
 import json
 import math
 import os
@@ -60,6 +61,7 @@ def command_line(description):
     parser.add_argument("--limit-val", type=positive, metavar="N", help="evaluate on N images, evenly spread (default: all)")
     parser.add_argument("--workers", type=partial(positive, least=0), metavar="N",
                         help="processes that load images (default: one per core, at most 8; none for Fashion-MNIST)")
+    parser.add_argument("--skip-bad-images", action="store_true", help="go on without the images that cannot be read, and list them at the end (default: stop at the first)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default here: %(default)s")
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, default=None,
                         help="mixed precision, CUDA only: bfloat16, or float16 where the GPU lacks it (default: on)")
@@ -116,9 +118,14 @@ def processes():
 
 
 def total(tensor):
-    """The sum of a tensor over all processes, in place."""
+    """The sum of a tensor over all processes, in place. Where one of them is gone, the others end too."""
     if processes()[1] > 1:
-        dist.all_reduce(tensor)
+        try:
+            dist.all_reduce(tensor)
+        except RuntimeError as error:
+            if "by peer" not in str(error):  # gloo: connection reset, or closed, by peer
+                raise
+            stop("another process has ended: this one cannot go on without", 1, speaker=processes()[0])
     return tensor
 
 
@@ -201,27 +208,56 @@ def amp_context(device, amp):
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
+def gathered(names):
+    """The union of the processes' names, as a set."""
+    if processes()[1] > 1:
+        parts = [None] * processes()[1]
+        dist.all_gather_object(parts, list(names))
+        names = sum(parts, [])
+    return set(names)
+
+
 def own_share(dataset):
     """The items of a dataset that this one of several processes is to evaluate: each is somebody's, and one's alone."""
     rank, count = processes()
     return dataset if count == 1 else torch.utils.data.Subset(dataset, range(rank, len(dataset), count))
 
 
+class Loader(torch.utils.data.DataLoader):
+    """Batches (images, labels) of the images that can be read; the others are in .bad: index -> what is wrong.
+
+    skip=False: the first that cannot be read ends the program. A batch without any good image is there, but empty.
+    """
+
+    def __init__(self, dataset, skip, **options):
+        super().__init__(data.Readable(dataset), collate_fn=data.collate, **options)
+        self.skip, self.bad = skip, {}
+
+    def __iter__(self):
+        for images, labels, bad in super().__iter__():
+            if bad and not self.skip:
+                stop(f"{next(iter(bad.values()))}; --skip-bad-images goes on without such", speaker=processes()[0])
+            self.bad |= bad
+            yield images, labels
+
+
 def make_loader(dataset, args, device, **options):
-    """A DataLoader with the workers that --workers says, or that suit the data; pinned memory on CUDA."""
+    """A Loader with the workers that --workers says, or that suit the data; pinned memory on CUDA."""
     innermost = dataset
     while hasattr(innermost, "dataset"):
         innermost = innermost.dataset
     workers = args.workers
     if workers is None:
         workers = 0 if isinstance(innermost, data.FashionMNIST) else min(8, os.cpu_count() or 1)
-    return torch.utils.data.DataLoader(dataset, num_workers=workers, pin_memory=device.type == "cuda",
-                                       worker_init_fn=ignore_interrupt, **options)
+    context = "fork" if workers and sys.platform == "linux" else None  # those of a forkserver, Python 3.14's default, outlive a run that is killed
+    return Loader(dataset, args.skip_bad_images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+                  multiprocessing_context=context, **options)
 
 
-def ignore_interrupt(worker):
-    """Ctrl-C reaches the workers too; they end with the main process, which decides when."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def ignore_signals(worker):
+    """Ctrl-C, or a scheduler's SIGTERM to all, reaches the workers too; they end with the main process, which decides when."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class Progress:
@@ -242,24 +278,41 @@ class Progress:
         print(f"\r{line}\x1b[K" if self.live else line, end="" if self.live and done < total else "\n", file=sys.stderr, flush=True)
 
 
-def stop(message, code=2):
+def stop(message, code=2, speaker=0):
     """End the program with one line on stderr (code 2: bad input)."""
-    say(f"{Path(sys.argv[0]).name}: {message}")
+    say(f"{Path(sys.argv[0]).name}: {message}", speaker=speaker)
     sys.exit(code)
 
 
-def say(text, file=None):
-    """print, on stderr by default; of several processes only the first one speaks."""
-    if processes()[0] == 0:
+def say(text, file=None, speaker=0):
+    """print, on stderr by default; of several processes only one speaks."""
+    if processes()[0] == speaker:
         print(text, file=file or sys.stderr)
 
 
-def write_file(path, text):
-    """Write under a temporary name, then rename: the file is whole at every moment. Only the first process writes."""
+def say_skipped(messages):
+    """List the images that were left out, if any."""
+    if messages:
+        say("\n  ".join([f"{len(messages)} images were left out:", *sorted(messages)]))
+
+
+def write_file(path, content, append=False):
+    """Write text or bytes under a temporary name, then rename: the file is whole at every moment. append: add text at its end instead.
+
+    Only the first process writes. What cannot be written ends the program with one line, and leaves what was there.
+    """
     if processes()[0] > 0:
         return
-    Path(f"{path}.tmp").write_text(text)
-    os.replace(f"{path}.tmp", path)
+    try:
+        if append:
+            with open(path, "a") as file:
+                file.write(content)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(f"{path}.tmp").write_bytes(content.encode() if isinstance(content, str) else content)
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:
+        stop(f"cannot write {path}: {error.strerror}")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -277,6 +330,8 @@ def measure(model, loader, device, amp=None, name="evaluate"):
     sums = torch.zeros(4 + model.config.depth, dtype=torch.float64)  # images, top-1 hits, top-5 hits, r, tokens kept
     progress, batches = Progress(), len(loader)
     for step, (images, labels) in enumerate(loader, 1):
+        if not len(images):  # none that could be read
+            continue
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with amp_context(device, amp):
             logits, kept = model(images)  # (B, classes), (depth, B)
@@ -285,6 +340,8 @@ def measure(model, loader, device, amp=None, name="evaluate"):
         sums += torch.cat([torch.tensor([len(images), best[:, 0].sum(), best.sum(), flops_ratio(kept, model.config) * len(images)], dtype=torch.float64), kept.sum(1)])
         progress.show(f"{name}: {int(sums[0])} images, top-1 {100 * sums[1] / sums[0]:.2f} %", step, batches)
     images, top1, top5, ratio, *kept = total(sums).tolist()
+    if not images:
+        stop("none of the images could be read")
     return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "flops_ratio": ratio / images,
             "gflops": ratio / images * model_flops(model.config) / 1e9, "kept": [tokens / images for tokens in kept], "images": int(images)}
 
@@ -422,24 +479,16 @@ def class_name(classes, index):
 
 def save_picture(sheet, path):
     """Write a PIL image as PNG, whatever the file is called."""
-    try:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path, "PNG", optimize=True)
-    except OSError as error:
-        stop(f"cannot write {path}: {error}")
+    content = io.BytesIO()
+    sheet.save(content, "PNG", optimize=True)
+    write_file(path, content.getvalue())
 
 
 @torch.inference_mode()
-def draw_pictures(args, device):
-    """A strip of each file in --picture, written to --out as NAME_tokens.png. Raises ValueError for what is no image."""
-    if args.gallery or args.chart or args.json:
-        raise ValueError("--picture draws instead of evaluating: --gallery, --chart and --json go without it")
-    opened = [data.open_image(path) for path in args.picture]
-    model, name = chosen_model(args)
-    model, dense, config = model.to(device).eval(), dense_twin(model.to(device)).eval(), model.config
-    classes = open_split(args, "val").classes if args.data else data.FASHION_CLASSES if name == "demo" and not args.weights else []
-    written = []
-    for path, image in zip(args.picture, opened):
+def draw_pictures(model, images, classes, args, device, name):
+    """A strip of each of the PIL images, the files in --picture, written to --out as NAME_tokens.png."""
+    model, dense, config, written = model.eval(), dense_twin(model).eval(), model.config, []
+    for path, image in zip(args.picture, images):
         image = clean_transform(config)(image)  # (3, S, S)
         with amp_context(device, args.amp):
             logits, kept, held_by = model(image[None].to(device), trace=True)  # (1, classes), (depth, 1), (depth, 1, patches)
@@ -559,7 +608,10 @@ def chart(model, kept, title):
 
 
 def draw_overview(model, loader, classes, args, device, name):
-    """The sheets that --gallery and --chart ask for."""
+    """The sheets that --gallery and --chart ask for, of the images that the loader did not find bad."""
+    if loader.bad:
+        good = [i for i in range(len(loader.dataset)) if i not in loader.bad]
+        loader = make_loader(torch.utils.data.Subset(loader.dataset, good), args, device, batch_size=loader.batch_size)
     reduced = image_by_image(model, loader, device, args.amp, "image by image")
     title = f"{name}, {model.method}: {len(loader.dataset)} validation images"
     if args.chart:
@@ -692,27 +744,27 @@ def frontier(name, state, loader, args, device):
     frontier.png where matplotlib is at hand. What is there already is not made again. Returns the rows.
     """
     folder, rows = Path(args.frontier), []
-    folder.mkdir(parents=True, exist_ok=True)
     build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)  # and the method
     fixed = ("tome", "topk")  # no chance in these: one seed
     plan = [("dense", 1.0, 0)] + [(method, target, 0) for method in args.methods if method in fixed for target in args.targets]
     plan += [(method, target, seed) for seed in range(args.seed, args.seed + args.seeds)
              for method in args.methods if method not in fixed for target in args.targets]
     shared = [f"--{flag.replace('_', '-')}={value}" for flag in ("data", "model", "weights", "num_classes", "image_size", "val_fraction", "workers", "device", "limit_train")
-              if (value := getattr(args, flag)) is not None] + (["--no-amp"] if args.amp is False else [])
+              if (value := getattr(args, flag)) is not None] + (["--no-amp"] if args.amp is False else []) + ["--skip-bad-images"] * args.skip_bad_images
     for i, (method, target, seed) in enumerate(plan, 1):
         run = folder / f"{method}-{target:g}-{seed}"
         found = run / f"test-{len(loader.dataset)}.json"
         if not found.exists():
             print(f"{i}/{len(plan)}: {run.name}", file=sys.stderr, flush=True)
-            run.mkdir(exist_ok=True)
             if method in ("dense", "tome", "topk"):
                 model = build(method, r=None if method == "dense" else fixed_count(ltmp.VARIANTS[name], target))
             else:
                 if not (run / "thresholds.json").exists():
                     again = ["--resume"] if (run / "last.pt").exists() else []
                     learn = [f"--method={method}", f"--target={target}", f"--seed={seed}", f"--out={run}", "--limit-val=1", *shared, *again]
-                    subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *learn], check=True, stdout=subprocess.DEVNULL)
+                    code = subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *learn], stdout=subprocess.DEVNULL).returncode
+                    if code:
+                        stop(f"{run.name}: train.py ended with code {code}; the same command goes on from there")
                 model = ltmp.load_thresholds(build(method), run / "thresholds.json")
             write_file(found, json.dumps(measure(model.to(device), loader, device, args.amp, run.name), indent=1))
         metrics = json.loads(found.read_text())
@@ -744,11 +796,11 @@ def frontier_report(points):
 
 
 def plot_frontier(points, path):
-    """Draw frontier_points to a PNG or SVG. Raises ValueError without matplotlib."""
+    """Draw frontier_points to a PNG. Without matplotlib it ends the program with one line."""
     try:
         import matplotlib
     except ImportError:
-        raise ValueError("the plot needs matplotlib: pip install -e '.[plots]'; the numbers are in frontier.csv") from None
+        stop("the plot needs matplotlib: pip install -e '.[plots]'; the numbers are in frontier.csv")
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -763,8 +815,10 @@ def plot_frontier(points, path):
     axes.set(xlabel="r, share of the dense FLOPs", ylabel="top-1 (%)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
     plt.close(figure)
+    write_file(path, content.getvalue())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -775,6 +829,8 @@ def chosen_model(args):
     name = default_model(args)
     state = read_weights(name, args.weights)
     build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)  # and the method
+    if args.method in ("tome", "topk") and not args.r:
+        raise ValueError(f"--method {args.method} needs --r, the tokens to remove per block")
     if args.method in ("dense", "tome", "topk"):
         return build(args.method, r=args.r[0] if args.r and len(args.r) == 1 else args.r), name
     inside = [step for step in ("merge", "prune") if state and f"blocks.0.{step}_masker.threshold" in state]
@@ -818,37 +874,50 @@ def main(argv=None):
     group.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs for each method and target (default: %(default)s)")
     group.add_argument("--limit-train", type=positive, metavar="N", help="learn on N images, evenly spread (default: all)")
     args = parser.parse_args(argv)
-    try:
+    try:  # whatever is wrong with the input
         device = find_device(args.device)
         if processes()[1] > 1 and (args.picture or args.gallery or args.chart or args.benchmark or args.frontier):
             raise ValueError("only plain evaluation can be shared among processes: run this without torchrun")
-        if args.picture:
-            draw_pictures(args, device)
-            return
-        val_set = open_split(args, "val")
+        if args.picture and (args.gallery or args.chart or args.json):
+            raise ValueError("--picture draws instead of evaluating: --gallery, --chart and --json go without it")
+        pictures = [data.open_image(path) for path in args.picture or ()]
+        val_set = open_split(args, "val") if args.data or not args.picture else None
         if args.frontier:
             name = default_model(args)
             state = read_weights(name, args.weights)
-            val_set = still(val_set, build_model(name, "dense", state, num_classes=args.num_classes, image_size=args.image_size))
-            loader = make_loader(data.subset(val_set, args.limit_val), args, device, batch_size=args.batch_size or 128)
-            points = frontier_points(frontier(name, state, loader, args, device))
-            print(frontier_report(points))
-            return plot_frontier(points, Path(args.frontier) / "frontier.png")
-        model, name = chosen_model(args)
+            model = build_model(name, "dense", state, num_classes=args.num_classes, image_size=args.image_size)
+        else:
+            model, name = chosen_model(args)
         if args.benchmark:
             val_set.transform = clean_transform(model.config)
-            rows = benchmark(model.to(device), val_set, args, device)
-            return args.json and write_file(args.json, json.dumps(rows, indent=1))
-        loader = make_loader(own_share(data.subset(still(val_set, model), args.limit_val)), args, device, batch_size=args.batch_size or 128)
+        elif not args.picture:
+            val_set = still(val_set, model)
     except ValueError as error:
         stop(error)
-    metrics = {"model": name, "method": model.method} | measure_both(model.to(device), loader, device, args.amp)
+
+    model.to(device)
+    if args.picture:
+        classes = val_set.classes if val_set else data.FASHION_CLASSES if name == "demo" and not args.weights else []
+        return draw_pictures(model, pictures, classes, args, device, name)
+    if args.benchmark:
+        try:
+            rows = benchmark(model, val_set, args, device)
+        except data.ImageError as error:
+            stop(error)
+        return args.json and write_file(args.json, json.dumps(rows, indent=1))
+    loader = make_loader(own_share(data.subset(val_set, args.limit_val)), args, device, batch_size=args.batch_size or 128)
+    if args.frontier:
+        points = frontier_points(frontier(name, state, loader, args, device))
+        print(frontier_report(points))
+        say_skipped(loader.bad.values())
+        return plot_frontier(points, Path(args.frontier) / "frontier.png")
+    metrics = {"model": name, "method": model.method} | measure_both(model, loader, device, args.amp)
     say(report(metrics, name, model.method, model.config.num_tokens if sys.stdout.isatty() else None), sys.stdout)
     if args.json:
-        Path(args.json).parent.mkdir(parents=True, exist_ok=True)
         write_file(args.json, json.dumps(metrics, indent=1))
     if args.gallery or args.chart:
         draw_overview(model, loader, val_set.classes, args, device, name)
+    say_skipped(gathered(loader.bad.values()))
 
 
 if __name__ == "__main__":

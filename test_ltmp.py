@@ -1,15 +1,23 @@
 """Every claim of the README and of the docstrings, as a test. Run with `pytest`."""
 
 import ast
+import contextlib
 import csv
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
+import resource
+import shutil
 import signal
+import socket
 import subprocess
 import sys
+import time
+import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -935,7 +943,16 @@ def demo_model(method, **options):
 
 
 METRICS = {"top1", "top5", "dense_top1", "dense_top5", "flops_ratio", "gflops", "kept", "images"}
-SMALL = ["--limit-train", "48", "--limit-val", "40", "-b", "8"]  # of the demo
+
+
+TINY = {"tiny": ViTConfig(image_size=28, patch_size=7, dim=16, depth=2, heads=2, num_classes=10)}  # 17 tokens
+TINY_MODEL = ["--model", "tiny", "--weights", "none"]
+TINY_RUN = [*TINY_MODEL, "--limit-train", "8", "-b", "2", "--epochs", "2", "--limit-val", "10"]  # eight steps, on Fashion-MNIST
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(VARIANTS, "tiny", TINY["tiny"])
 
 
 def read(path):
@@ -985,9 +1002,11 @@ def test_r_in_the_metrics_is_what_inference_ran(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", train.RECIPES)
-def test_same_seed_same_thresholds_and_interrupted_runs_end_the_same(tmp_path, monkeypatch, capsys, recipe):
+def test_same_seed_same_thresholds_and_interrupted_runs_end_the_same(tiny, tmp_path, monkeypatch, capsys, recipe):
+    torch.save(create_model("tiny", "dense").state_dict(), tmp_path / "weights")
+
     def run(out, *flags):
-        train.main(SMALL + ["--recipe", recipe, "--out", str(tmp_path / out), *flags])
+        train.main([*TINY_RUN, "--weights", str(tmp_path / "weights"), "--recipe", recipe, "--out", str(tmp_path / out), *flags])
         return read(tmp_path / out / "thresholds.json"), (tmp_path / out / "log.csv").read_text()
 
     whole = run("a")
@@ -1002,11 +1021,10 @@ def test_same_seed_same_thresholds_and_interrupted_runs_end_the_same(tmp_path, m
             signal.raise_signal(signal.SIGINT)  # Ctrl-C in the middle of the third step
         return ratio(*args)
 
-    monkeypatch.setattr(train, "flops_ratio", interrupted)
-    with pytest.raises(SystemExit):
+    with monkeypatch.context() as until, pytest.raises(SystemExit):
+        until.setattr(train, "flops_ratio", interrupted)
         run("d")
-    assert "stopped after step 3 of 6" in capsys.readouterr().err
-    monkeypatch.undo()
+    assert "stopped after step 3 of 8" in capsys.readouterr().err
     assert not (tmp_path / "d" / "thresholds.json").exists()
     for out, flags, message in (("d", ["--target", "0.5"], "target = 0.75, not 0.5"), ("e", [], "nothing to resume")):
         with pytest.raises(SystemExit):
@@ -1165,6 +1183,13 @@ def test_frontier_learns_evaluates_and_goes_on(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == first and read(tmp_path / "frontier.json") == rows
 
 
+def test_where_a_run_of_the_frontier_fails_it_says_how_to_go_on(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 2))
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*TINY_MODEL, "--frontier", str(tmp_path), "--methods", "ltm", "--targets", "0.6", "--limit-val", "10"])
+    assert stopped.value.code == 2 and "ltm-0.6-0: train.py ended with code 2; the same command goes on from there" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_frontier_points_are_means_over_seeds_with_their_spread():
     rows = [{"method": "dense", "target": 1.0, "seed": 0, "r": 1.0, "top1": 90.0}]
     rows += [{"method": "ltmp", "target": 0.5, "seed": seed, "r": 0.5 + 0.01 * seed, "top1": 88.0 + seed} for seed in (0, 1)]
@@ -1251,6 +1276,369 @@ def test_wrong_training_is_refused_in_one_line(flags, message, tmp_path, capsys)
 
 
 # ---------------------------------------------------------------------------------------------
+# What happens to real runs
+
+LIVES = multiprocessing.get_context("forkserver")  # a process with the modules loaded, from which others are forked
+LIVES.set_forkserver_preload(["torch._dynamo", "test_ltmp"])  # _dynamo: what an optimizer would import, slowly
+
+
+def live(flags, moment=None, count=1, said=os.devnull, environment={}):
+    """train.py in a process of its own, saving after every step; it sends itself SIGKILL when that moment (see below) comes for the count-th time."""
+    os.setsid()
+    os.environ.update(environment)
+    sys.argv, sys.stderr = ["train.py"], open(said, "a", buffering=1)
+    torch.set_num_threads(1)
+    VARIANTS.update(TINY)
+    train.SAVE_EVERY, left = 0, [count]
+
+    def tick(name):
+        left[0] -= name == moment
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def ticking(name, function):
+        return lambda *args: (tick(name), function(*args))[1]
+
+    def in_halves(path, content, write=Path.write_bytes):
+        write(path, bytes(content)[: len(content) // 2])
+        tick(f"half of {path.stem}")
+        write(path, content)
+
+    def renamed(source, target, replace=os.replace):
+        tick(f"all of {Path(target).name}")
+        replace(source, target)
+        tick(f"new {Path(target).name}")
+
+    Path.write_bytes, os.replace = in_halves, renamed
+    train.flops_ratio, train.measured_r = ticking("step", train.flops_ratio), ticking("r", train.measured_r)
+    train.main(flags)
+
+
+def started(*args, **named):
+    """live() in a new process."""
+    process = LIVES.Process(target=live, args=args, kwargs=named)
+    process.start()
+    return process
+
+
+def ended(process, after=60):
+    """The exit code of a process, which is killed if it lasts longer than that many seconds. Its workers are ended too."""
+    process.join(after)
+    process.kill()
+    process.join()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.exitcode
+
+
+def spoil(root):
+    """Damage images of make_folder(root, suffix=".png") in four ways. Their paths, those in train first."""
+    header = b"\x89PNG\r\n\x1a\n" + b"\0\0\0\rIHDR" + (30000).to_bytes(4, "big") * 2 + b"\x08\x02\0\0\0"
+    bomb = header + zlib.crc32(header[12:]).to_bytes(4, "big") + b"\0\0\0\0IDAT" + zlib.crc32(b"IDAT").to_bytes(4, "big")
+    whole = (root / "train" / "a" / "0.png").read_bytes()
+    paths = [root / name for name in ("train/a/1.png", "train/b/0.png", "train/b/1.png", "val/a/0.png", "val/b/1.png")]
+    for path, content in zip(paths, (whole[:-40], b"no image", bomb, b"", whole[: len(whole) // 2])):
+        path.write_bytes(content)
+    return paths
+
+
+MOMENTS = {  # one life after the other, the next with --resume where there is something to resume
+    "paper": [("half of last.pt", 1), ("new last.pt", 1), ("step", 3), ("all of last.pt", 3), ("half of log.csv", 1), ("half of thresholds.json", 1)],
+    "adaptive": [("r", 2), ("all of last.pt", 1), ("step", 2), ("half of last.pt", 3), ("r", 3), ("half of last.pt", 2), ("new last.pt", 2),
+                 ("half of thresholds.json", 1), ("new thresholds.json", 1), ("half of metrics.json", 1)],
+    "dense": [("step", 3), ("half of last.pt", 3)],
+}
+
+
+@pytest.mark.parametrize("what", MOMENTS)
+def test_killed_at_any_moment_a_run_ends_with_the_same_thresholds(tmp_path, what):
+    """kill -9 at the moments above and at random ones, with and without workers; paper: on a folder with bad images; dense: the same weights."""
+    if what == "paper":
+        bad = spoil(make_folder(tmp_path / "images", classes=("a", "b"), size=(28, 28), suffix=".png"))
+        flags = [*TINY_MODEL, "--data", str(tmp_path / "images"), "-b", "2", "--epochs", "2", "--skip-bad-images", "--recipe", what]
+    elif what == "adaptive":
+        flags = [*TINY_RUN, "--target", "0.52", "--recipe", what]
+    else:
+        flags = [*TINY_RUN, "--method", what, "--patch-drop", "0.5"]
+    out, said = tmp_path / "killed", tmp_path / "said"
+    assert ended(started([*flags, "--workers", "0", "--out", str(tmp_path / "whole")])) == 0
+    for life, moment in enumerate([*MOMENTS[what], None, None, None]):
+        again = ["--resume"] if (out / "last.pt").exists() else []
+        process = started([*flags, *again, "--workers", str(2 * (life % 2)), "--out", str(out)], *(moment or ()), said=said)
+        code = ended(process, 30 if moment else random.uniform(0.05, 0.6))
+        assert code == -signal.SIGKILL if moment else code in (-signal.SIGKILL, 0), said.read_text()
+    for last in ("finishes", "begins where all is done"):
+        assert ended(started([*flags, "--resume", "--out", str(out)], said=said)) == 0, said.read_text()
+        for name in ("metrics.json", "log.csv", "thresholds.json")[: 2 if what == "dense" else 3]:
+            assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), (last, name)
+    whole, killed = (torch.load(folder / "last.pt", weights_only=True)["model"] for folder in (tmp_path / "whole", out))
+    assert all(torch.equal(w, killed[name]) for name, w in whole.items())
+    if what == "adaptive":  # the target was chosen so that landing ends too far from it to stay there if it were done twice
+        assert abs(float(re.findall(r"landing: r = (\S+)", said.read_text())[-1]) - 0.52) > 0.003
+    if what == "paper":
+        listed = said.read_text().rsplit("images were left out:", 1)[1]
+        assert [listed.count(f"cannot read the image {path}:") for path in bad] == [1] * 5
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_saves_and_stops(tmp_path, number):
+    process = started([*TINY_RUN, "--limit-train", "400", "--epochs", "10", "--workers", "2", "--out", str(tmp_path)], said=tmp_path / "said")
+    while not (tmp_path / "log.csv").exists() or (tmp_path / "log.csv").read_text().count("\n") < 8:
+        assert process.is_alive(), (tmp_path / "said").read_text()
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    assert ended(process) == 130
+    said, log = (tmp_path / "said").read_text().splitlines(), (tmp_path / "log.csv").read_text()
+    step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
+    assert f"stopped after step {step} of 2000; the same command with --resume goes on from there" in said[-1] and log.count("\n") == 1 + step
+    assert all(line.startswith(("start: r", "train")) for line in said)
+
+
+def two_processes(flags, said, **named):
+    """live() as torchrun starts it, twice; the second of the two is killed as `named` says. Their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        environment = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    both = [started(flags, **named if rank else {}, said=said, environment=environment | {"RANK": str(rank)}) for rank in (0, 1)]
+    return [ended(process, 30) for process in both]
+
+
+def test_where_one_process_dies_the_other_ends_too(tmp_path):
+    assert two_processes([*TINY_RUN, "--out", str(tmp_path)], tmp_path / "said", moment="step", count=3) == [1, -signal.SIGKILL]
+    assert "another process has ended" in (tmp_path / "said").read_text().splitlines()[-1]
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_a_bad_image_of_one_process_is_told_and_ends_both(tmp_path):
+    folder = make_folder(tmp_path / "images", classes=("a", "b"), size=(28, 28), suffix=".png")
+    bad = Path(data.ImageFolder(folder / "train").samples[data.epoch_batches(8, 4, epoch=0, seed=0)[1][1]][0])  # met by the second, in its second step
+    bad.write_bytes(b"no image")
+    flags = [*TINY_MODEL, "--num-classes", "2", "--data", str(folder), "--workers", "1", "-b", "2", "--recipe", "paper", "--out", str(tmp_path)]
+    assert two_processes(flags, tmp_path / "said") == [1, 2]
+    said = (tmp_path / "said").read_text().splitlines()
+    assert len(said) == 2 and sum(f"cannot read the image {bad}: " in line for line in said) == 1
+
+
+def test_two_processes_leave_out_the_same_bad_images_as_one(tiny, tmp_path, capsys):
+    folder = make_folder(tmp_path / "images", classes=("a", "b"), size=(28, 28), suffix=".png")
+    first, second = data.epoch_batches(8, 4, epoch=0, seed=0)
+    bad = [data.ImageFolder(folder / "train").samples[i][0] for i in first[1::2] + second]  # all of one process in one batch, and all of another batch
+    bad.append(str(folder / "val" / "a" / "1.png"))
+    for path in bad:
+        Path(path).write_bytes(b"no image")
+    flags = [*TINY_MODEL, "--data", str(folder), "--epochs", "3", "--lr", "1e-3", "0.05", "--skip-bad-images", "--workers", "0"]
+    assert two_processes([*flags, "-b", "2", "--out", str(tmp_path / "two")], tmp_path / "said") == [0, 0]
+    train.main([*flags, "-b", "4", "--out", str(tmp_path / "one")])
+    one, two = (read(tmp_path / name / "thresholds.json") for name in ("one", "two"))
+    for step in ("merge", "prune"):
+        assert two[f"{step}_thresholds"] == pytest.approx(one[f"{step}_thresholds"], abs=1e-5)
+    assert max(abs(threshold - 0.9) for threshold in one["merge_thresholds"]) > 1e-3
+    assert [read(tmp_path / name / "metrics.json")["images"] for name in ("one", "two")] == [7, 7]
+    logs = [(tmp_path / name / "log.csv").read_text().splitlines() for name in ("one", "two")]
+    assert [len(log) for log in logs] == [7, 7] and [log.index("2,,,,") for log in logs] == [2, 2]  # the batch without a good image: no update
+    for said in (capsys.readouterr().err, (tmp_path / "said").read_text()):
+        assert "7 images were left out" in said and [said.count(f"cannot read the image {path}:") for path in bad] == [1] * 7
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+@pytest.mark.parametrize("script, flags", [
+    (train, ["--recipe", "paper"]), (train, ["--recipe", "adaptive"]), (evaluate, ["--method", "dense"]),
+    (evaluate, ["--method", "dense", "--benchmark", "--batch-sizes", "8"]),
+])
+def test_a_bad_image_is_one_line_from_any_process(tiny, tmp_path, capsys, script, flags, workers):
+    spoil(make_folder(tmp_path / "images", classes=("a", "b"), size=(28, 28), suffix=".png"))
+    more = ["--out", str(tmp_path / "out")] if script is train else []
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*TINY_MODEL, "--num-classes", "2", "--data", str(tmp_path / "images"), "--workers", workers, *flags, *more])
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and len(printed.splitlines()) == 1 and "cannot read the image " in printed
+    assert "--benchmark" in flags or "; --skip-bad-images goes on" in printed
+
+
+def test_evaluation_without_bad_images_is_that_of_the_good_ones(tiny, tmp_path, capsys):
+    bad = spoil(make_folder(tmp_path / "bad", classes=("a", "b"), size=(28, 28), suffix=".png"))
+    shutil.copytree(tmp_path / "bad", tmp_path / "good")
+    for path in bad:
+        (tmp_path / "good" / path.relative_to(tmp_path / "bad")).unlink()
+    for name in ("bad", "good"):
+        flags = [f for kind in ("json", "gallery", "chart") for f in (f"--{kind}", str(tmp_path / f"{name}.{kind}"))]
+        torch.manual_seed(0)  # the random weights
+        evaluate.main([*TINY_MODEL, "--method", "tome", "--r", "3", "--data", str(tmp_path / name), "-b", "3", "--workers", "1", "--skip-bad-images", *flags])
+        said = capsys.readouterr().err
+        assert [said.count(f"cannot read the image {path}:") for path in bad] == ([0, 0, 0, 1, 1] if name == "bad" else [0] * 5)
+        assert ("2 images were left out" in said) == (name == "bad")
+    assert read(tmp_path / "good.json")["images"] == 6
+    for kind in ("json", "gallery", "chart"):
+        assert (tmp_path / f"bad.{kind}").read_bytes() == (tmp_path / f"good.{kind}").read_bytes()
+
+
+def test_where_every_image_is_bad_it_says_so(tiny, tmp_path, capsys):
+    for path in make_folder(tmp_path / "images", size=(28, 28), suffix=".png").rglob("*.png"):
+        path.write_bytes(b"")
+    for script, flags in ((evaluate, ["--method", "dense"]), (train, ["--recipe", "adaptive", "--out", str(tmp_path / "out")])):
+        with pytest.raises(SystemExit) as stopped:
+            script.main([*TINY_MODEL, "--data", str(tmp_path / "images"), "--workers", "0", "--skip-bad-images", *flags])
+        assert stopped.value.code == 2 and re.search("none of .*could be read", capsys.readouterr().err)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_last_save(tiny, tmp_path, monkeypatch, capsys):
+    flags, limits = [*TINY_RUN, "--recipe", "paper", "--out"], resource.getrlimit(resource.RLIMIT_FSIZE)
+    train.main([*flags, str(tmp_path / "whole")])
+    capsys.readouterr()
+    steps, ratio = [], train.flops_ratio
+
+    def full(*args):
+        steps.append(1)
+        if len(steps) == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+        return ratio(*args)
+
+    with monkeypatch.context() as until:
+        until.setattr(train, "flops_ratio", full)
+        until.setattr(train, "SAVE_EVERY", 0)
+        try:
+            with pytest.raises(SystemExit) as stopped:
+                train.main([*flags, str(tmp_path / "out")])
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and printed.endswith("last.pt: File too large\n") and len(printed.splitlines()) == 1
+    assert torch.load(tmp_path / "out" / "last.pt", weights_only=True)["step"] == 3
+    train.main([*flags, str(tmp_path / "out"), "--resume"])
+    for name in ("thresholds.json", "log.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize("flag, path", [("--json", "file/inside"), ("--json", "."), ("--chart", "file/inside"), ("--chart", "."), ("--gallery", "."),
+                                        ("--frontier", "file/inside")])
+def test_what_cannot_be_written_is_one_line(tiny, tmp_path, capsys, flag, path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main([*TINY_MODEL, "--method", "dense", "--limit-val", "20", flag, str(tmp_path / path)])
+    printed = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 2 and f"cannot write {tmp_path / path}" in printed[-1]
+    assert all(re.match(r"(dense|dense-1-0|image by image|dense, image by image): \d+|1/\d+: dense", line) for line in printed[:-1])  # progress
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_what_is_not_finite_is_never_learned_from(tiny, tmp_path, monkeypatch, capsys, what):
+    flags, steps, ratio = [*TINY_RUN, "--recipe", "paper", "--out"], [], train.flops_ratio
+    train.main([*flags, str(tmp_path / "whole")])
+    capsys.readouterr()
+
+    def broken(*args):
+        steps.append(1)
+        r = ratio(*args)
+        if len(steps) == 3:
+            if what == "loss":
+                return r * math.nan
+            r.register_hook(lambda gradient: gradient * math.inf)
+        return r
+
+    with monkeypatch.context() as until:
+        until.setattr(train, "flops_ratio", broken)
+        with pytest.raises(SystemExit) as stopped:
+            train.main([*flags, str(tmp_path / "out")])
+    printed = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 1 and len(printed) == 1 and "at step 3; last.pt holds the state before it" in printed[0]
+    train.main([*flags, str(tmp_path / "out"), "--resume"])
+    for name in ("thresholds.json", "log.csv"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_steps_that_overflow_float16_are_counted(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "amp_dtype", lambda device, amp: torch.float16)
+    monkeypatch.setattr(evaluate, "amp_context", lambda device, amp: contextlib.nullcontext())
+    monkeypatch.setattr(torch.amp, "GradScaler", partial(torch.amp.GradScaler, init_scale=2.0**126))  # too large for float32 until halved some times
+    steps = []
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self, step=torch.optim.SGD.step: (steps.append(1), step(self))[1])
+    train.main([*TINY_RUN, "--recipe", "paper", "--epochs", "8", "--out", str(tmp_path)])  # 32 steps
+    told = re.search(r"(\d+) of 32 steps made no update: their gradients overflowed float16", capsys.readouterr().err)
+    assert 0 < int(told[1]) == 32 - len(steps) < 32
+
+
+@pytest.mark.parametrize("script, name", [(evaluate, "measure"), (train, "learn"), (train, "scores_of")])
+def test_what_nobody_foresaw_keeps_its_traceback(tiny, tmp_path, monkeypatch, script, name):
+    def deep_inside(*args):
+        raise ValueError("deep inside")
+
+    monkeypatch.setattr(script, name, deep_inside)
+    flags = ["--recipe", "adaptive", "--out", str(tmp_path)] if script is train else ["--method", "dense"]
+    with pytest.raises(ValueError, match="deep inside"):
+        script.main([*TINY_RUN[:6], *flags] if script is train else [*TINY_MODEL, *flags])
+
+
+def test_what_is_saved_does_not_grow(tiny, tmp_path):
+    for epochs in ("1", "40"):
+        train.main([*TINY_RUN, "-b", "8", "--epochs", epochs, "--out", str(tmp_path / epochs)])
+    assert abs((tmp_path / "1" / "last.pt").stat().st_size - (tmp_path / "40" / "last.pt").stat().st_size) < 200
+    assert (tmp_path / "40" / "log.csv").read_text().count("\n") == 41
+
+
+WRONG_INPUT = {  # what train.py and evaluate.py, a tiny model, say to these flags; files: see below
+    "--data {}/empty": "empty has no folder val: it must hold train and val",
+    "--data {}/no images": "b holds no images (.jpg",
+    "--data {}/images --val-fraction 2": "2 is not above 0 and at most 1",
+    "--data {}/images --num-classes 1": "the data has 2 classes, the weights have 1: --num-classes 2 makes a new head",
+    "--image-size 0": "0 is no whole number from 1 on",
+    "--image-size 30": "image_size 30 must be a multiple of patch_size 7",
+    "--batch-size -8": "-8 is no whole number from 1 on",
+    "--limit-val 0.5": "0.5 is no whole number from 1 on",
+    "--seed one": "invalid int value: 'one'",
+    "--weights {}/text": "text is no checkpoint that can be read",
+    "--weights {}/cut": "cut is no checkpoint that can be read",
+    "--weights {}/code": "code is no checkpoint that can be read",
+    "--weights {}/deeper": "does not fit the model: unexpected blocks.2.",
+    "--weights {}/wider": "does not fit the model: cls_token is (1, 1, 24), not (1, 1, 16)",
+}
+WRONG_TRAINING = {
+    "--data {}/val only": "val only has no folder train",
+    "--data {}/odd": "train and val have different classes: c, d in one alone",
+    "--target 1.5": "1.5 is not above 0 and at most 1",
+    "--target -1": "-1 is no number from 0 on",
+    "--lr 1e-3 -1": "-1 is no number from 0 on",
+    "--epochs 0": "0 is no whole number from 1 on",
+    "--patch-drop 0.5": "--patch-drop goes with --method dense",
+}
+WRONG_EVALUATION = {
+    "--thresholds {}/absent": "cannot read thresholds from ",
+    "--thresholds {}/text": "cannot read thresholds from ",
+    "--thresholds {}/deeper.json": "merge_thresholds must be 2 numbers, one per block; got [0.9, 0.9, 0.9]",
+    "--thresholds {}/ltm.json": "the thresholds belong to the method ltm, the model runs ltmp",
+    "--thresholds {}/other.json": "learned for demo, the model is tiny: pass --model demo",
+    "--method tome": "--method tome needs --r",
+    "--method tome --r 1 2 3": "r must be one count >= 0 or 2 of them",
+}
+
+
+@pytest.mark.parametrize("script, flags, message", [(train, *wrong) for wrong in (WRONG_INPUT | WRONG_TRAINING).items()]
+                         + [(evaluate, *wrong) for wrong in (WRONG_INPUT | WRONG_EVALUATION).items()])
+def test_what_is_wrong_is_said_in_one_line(tiny, tmp_path, capsys, script, flags, message):
+    for name in ("empty", "val only/val/a", "no images/train/a", "no images/train/b", "no images/val/a", "no images/val/b"):
+        (tmp_path / name).mkdir(parents=True)
+    make_folder(tmp_path / "images", classes=("a", "b"), per_class=1, size=(28, 28), suffix=".png")
+    shutil.copytree(tmp_path / "images", tmp_path / "odd")
+    for old, new in (("train/b", "train/c"), ("val/b", "val/d")):
+        (tmp_path / "odd" / old).rename(tmp_path / "odd" / new)
+    shutil.copy(tmp_path / "images/train/a/0.png", tmp_path / "no images/train/a")
+    shutil.copy(tmp_path / "images/train/a/0.png", tmp_path / "no images/val/a")
+    (tmp_path / "text").write_text("text")
+    torch.save({"model": random.Random()}, tmp_path / "code")
+    torch.save(create_model("tiny", depth=3).state_dict(), tmp_path / "deeper")
+    torch.save(create_model("tiny", dim=24).state_dict(), tmp_path / "wider")
+    (tmp_path / "cut").write_bytes((tmp_path / "wider").read_bytes()[:20_000])
+    for name, found in (("deeper", {"merge_thresholds": [0.9] * 3, "prune_thresholds": [0.0] * 3}), ("ltm", {"method": "ltm", "merge_thresholds": [0.9] * 2}),
+                        ("other", {"model": "demo"}), ("good", {"merge_thresholds": [0.9] * 2, "prune_thresholds": [0.0] * 2})):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"method": "ltmp"} | found))
+    more = ["--out", str(tmp_path / "out")] if script is train else ["--thresholds", str(tmp_path / "good.json")]
+    with pytest.raises(SystemExit) as stopped:
+        script.main([*TINY_MODEL, "--method", "ltmp", *more, *(flag.format(tmp_path) for flag in re.split(r" (?!only|images)", flags))])
+    printed = capsys.readouterr()
+    assert stopped.value.code == 2 and message in printed.err and len(printed.err.splitlines()) == 1 and not printed.out, printed.err
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------
 # What the README says
 
 
@@ -1276,6 +1664,11 @@ def test_the_readme_walks_through_one_image_with_its_true_numbers(monkeypatch, c
     code, printed = re.search(r"## The method in the code.*?```python\n(.*?)```\s*```\n(.*?)```", (HERE / "README.md").read_text(), re.S).groups()
     exec(code, {})
     assert capsys.readouterr().out == printed
+
+
+def test_the_readme_names_tests_that_there_are():
+    named = set(re.findall(r"`(test_\w+)`", (HERE / "README.md").read_text())) - {"test_ltmp"}
+    assert len(named) > 10 and named <= globals().keys()
 
 
 def test_the_readme_names_every_flag_that_it_uses():

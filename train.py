@@ -7,12 +7,14 @@
 Writes to --out: thresholds.json (the result), metrics.json, log.csv, last.pt (to resume from).
 """
 
+import io
 import json
 import math
 import os
 import signal
 import sys
 import time
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -25,6 +27,7 @@ import ltmp
 from flops import flops_ratio, model_flops
 
 LOG_HEADER = "step,loss,cross_entropy,r,top1"
+SAVE_EVERY = 60  # seconds
 
 # How thresholds are learned: learning rates of the (prune, merge) thresholds, temperature of their gradient.
 RECIPES = {
@@ -54,7 +57,7 @@ def parse_args(argv=None):
     parser.add_argument("--tau", type=evaluate.number, help="temperature of the thresholds' gradient (default: 0.1; adaptive: 0.5, in units of the scores' interquartile range)")
     parser.add_argument("--limit-train", type=evaluate.positive, metavar="N", help="train on N images, evenly spread (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: %(default)s)")
-    parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out")
+    parser.add_argument("--resume", action="store_true", help="go on from last.pt in --out, which is there from the first step on; where there is none, refuse: the folder may be mistyped")
     parser.add_argument("--overwrite", action="store_true", help="begin anew where --out holds a run already")
     args = parser.parse_args(argv)
     if args.patch_drop and args.method != "dense":
@@ -104,10 +107,10 @@ def drop_patches(share, block, inputs):
 
 
 def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
-    """Train for --epochs over train_set what make_optimizer chose. Writes log.csv and last.pt every minute and at the end.
+    """Train for --epochs over train_set what make_optimizer chose. Writes log.csv; and last.pt at the start, every minute and at the end.
 
     saved: a checkpoint to go on from. scores, ranks: as for set_ranks; if given, the ranks are what
-    learns. They are changed in place.
+    learns. They are changed in place. Returns what is wrong with the images that were left out, a set.
     """
     me, processes = evaluate.processes()
     batch_size = args.batch_size * processes  # of all together
@@ -116,12 +119,13 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
     optimizer, schedule = make_optimizer(model, args, total_steps, ranks)
     thresholds = threshold_maskers(model)
     scaler = torch.amp.GradScaler(device.type, enabled=evaluate.amp_dtype(device, args.amp) == torch.float16)
+    warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # as if in the wrong order, where the first step makes no update
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
-    step, log = 0, [LOG_HEADER]
+    step, overflows, skipped, log = 0, 0, set(), args.out / "log.csv"
     if saved:
         for name, part in parts.items():
             part.load_state_dict(saved[name])
-        step, log = saved["step"], saved["log"]
+        step, overflows, skipped = saved["step"], saved["overflows"], set(saved["skipped"])
         for rank, value in zip(ranks or [], saved["ranks"]):
             rank.fill_(value)
     hook = model.blocks[0].register_forward_pre_hook(partial(drop_patches, args.patch_drop)) if args.patch_drop else None
@@ -130,20 +134,36 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
         if me > 0:
             return
         save_file(args.out / "last.pt", {name: part.state_dict() for name, part in parts.items()}
-                  | {"step": step, "log": log, "ranks": [rank.item() for rank in ranks or []], "settings": settings(args)})
-        evaluate.write_file(args.out / "log.csv", "\n".join(log) + "\n")
+                  | {"step": step, "overflows": overflows, "skipped": sorted(skipped), "ranks": [rank.item() for rank in ranks or []],
+                     "settings": settings(args)})
 
     interrupted = []  # Ctrl-C ends the step that runs, saves, and stops; a second one stops at once
     previous = {number: signal.signal(number, lambda number, _: interrupted.append(signal.signal(number, previous[number])))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     model.train()
     progress, saved_at, first = evaluate.Progress(), time.time(), step
+    if not saved:
+        save()
+    before = log.read_text().splitlines(True)[: 1 + step] if saved and log.exists() else [LOG_HEADER + "\n"]
+    evaluate.write_file(log, "".join(before))  # what a run that was killed did after its last save, this one does again
     while step < total_steps:
         epoch, done = divmod(step, batches_per_epoch)
         batches = data.epoch_batches(len(train_set), batch_size, epoch, args.seed)[done:]
         own = [batch[me::processes] or batch[:1] for batch in batches]  # where there are fewer images than processes, one that does not count
-        for batch, (images, labels) in zip(batches, evaluate.make_loader(train_set, args, device, batch_sampler=own)):
-            weight = len(batch[me::processes]) / len(batch)  # of this process in the mean over the batch
+        loader = evaluate.make_loader(train_set, args, device, batch_sampler=own)
+        for batch, (images, labels) in zip(batches, loader):
+            count = len(labels) if batch[me::processes] else 0
+            good = evaluate.total(torch.tensor(count)).item() if args.skip_bad_images else len(batch)
+            if good < len(batch):
+                skipped |= evaluate.gathered(loader.bad.values())
+            if not good:  # a step without an update
+                step += 1
+                schedule.step()
+                evaluate.write_file(log, f"{step},,,,\n", append=True)
+                continue
+            if not len(labels):
+                images, labels = torch.zeros(1, 3, *[model.config.image_size] * 2), torch.zeros(1, dtype=torch.long)  # to take part, without weight
+            weight = count / good  # of this process in the mean over the batch
             images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
             torch.manual_seed(args.seed + step)  # what a step draws depends on the step alone
             if hook and step >= 0.75 * total_steps:
@@ -157,9 +177,6 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
             distance = r - args.target + (ratio - ratio.detach())  # over all processes, with the gradient of this one's images
             loss = cross_entropy + (args.reg_weight * distance**2 if thresholds else 0)
             all_loss = all_entropy + (args.reg_weight * (r - args.target) ** 2 if thresholds else 0)
-            if not math.isfinite(all_loss):
-                save()
-                evaluate.stop(f"the loss is {all_loss} at step {step + 1}; last.pt holds the state before it", 1)
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             add_up([p.grad for p in model.parameters() if p.grad is not None])
@@ -167,10 +184,14 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
                 rank.grad = -masker.threshold.grad if kind == "merge" else masker.threshold.grad.clone()
                 masker.threshold.grad = None
             scaler.unscale_(optimizer)
-            if not thresholds:
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], math.inf if thresholds else 1.0)
+            if not math.isfinite(all_loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+                save()
+                evaluate.stop(f"the loss is {all_loss:g}, the norm of its gradient {norm:g} at step {step + 1}; last.pt holds the state before it", 1)
+            scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
+            overflows += scaler.get_scale() < scale  # float16: no update then
             schedule.step()
             if ranks:
                 for rank in ranks:
@@ -181,11 +202,11 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
                     masker.threshold.data.clamp_(0, 1)
             step += 1
 
-            log.append(f"{step},{all_loss:.6f},{all_entropy:.6f},{r:.6f},{100 * top1:.3f}")
+            evaluate.write_file(log, f"{step},{all_loss:.6f},{all_entropy:.6f},{r:.6f},{100 * top1:.3f}\n", append=True)
             speed = (step - first) * batch_size / (time.time() - progress.start)
             goal = f"r {r:.3f} (target {args.target:g})" if thresholds else f"top-1 {100 * top1:.1f} %"
             progress.show(f"train: step {step}/{total_steps}, {speed:.0f} images/s, loss {all_loss:.3f}, {goal}", step - first, total_steps - first)
-            if stopped or time.time() - saved_at > 60:
+            if stopped or time.time() - saved_at > SAVE_EVERY:
                 save()
                 saved_at = time.time()
             if stopped:
@@ -193,6 +214,9 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
     for number, handler in previous.items():
         signal.signal(number, handler)
     save()
+    if overflows:
+        evaluate.say(f"{overflows} of {total_steps} steps made no update: their gradients overflowed float16")
+    return skipped
 
 
 def add_up(tensors):
@@ -252,13 +276,17 @@ def set_ranks(model, scores, ranks):
         masker.threshold.data.fill_(value).clamp_(0, 1)
 
 
+class OutOfReach(ValueError):
+    """No thresholds give the target."""
+
+
 @torch.no_grad()
 def land(model, batches, scores, ranks, target, tolerance=0.002):
     """Lower or raise all ranks by the same amount until r, tokens really dropped, is the target. Returns r.
 
     Those of merge thresholds alone, if there are any and that is enough: who merges loses less than who is pruned.
     batches: images (B, 3, S, S); scores, ranks: as for set_ranks; the ranks are changed in place.
-    Raises ValueError where even removing all that may go leaves a larger r.
+    Raises OutOfReach, a ValueError, where even removing all that may go leaves a larger r.
     """
     steps, before = [step for step, _ in threshold_maskers(model)], [rank.clone() for rank in ranks]
 
@@ -272,7 +300,7 @@ def land(model, batches, scores, ranks, target, tolerance=0.002):
     for moving in ({"merge"}, {"merge", "prune"}):
         if moving & set(steps) and (r := find(partial(r_at, moving), target, tolerance)) is not None:
             return r
-    raise ValueError(f"the target {target:g} is out of reach: the lowest r is {r_at(moving, -1):.3f}")
+    raise OutOfReach(f"the target {target:g} is out of reach: the lowest r is {r_at(moving, -1):.3f}")
 
 
 def find(f, target, tolerance):
@@ -302,14 +330,14 @@ def find(f, target, tolerance):
 def settings(args):
     """What must be the same when a run is resumed."""
     return {"processes": evaluate.processes()[1]} | {name: value for name, value in vars(args).items()
-            if name not in ("resume", "overwrite", "out", "workers", "device", "limit_val")}
+            if name not in ("resume", "overwrite", "out", "workers", "device", "limit_val", "skip_bad_images")}
 
 
 def load_checkpoint(args):
     """The state in --out/last.pt. Raises ValueError where there is none or it has other settings."""
     path = args.out / "last.pt"
     if not path.is_file():
-        raise ValueError(f"nothing to resume: no {path}")
+        raise ValueError(f"nothing to resume: no {path}; without --resume a run begins")
     saved = torch.load(path, map_location="cpu", weights_only=True)
     for name, value in settings(args).items():
         if saved["settings"].get(name) != value:
@@ -318,9 +346,10 @@ def load_checkpoint(args):
 
 
 def save_file(path, content):
-    """torch.save under a temporary name, then rename."""
-    torch.save(content, f"{path}.tmp")
-    os.replace(f"{path}.tmp", path)
+    """torch.save by evaluate.write_file."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    evaluate.write_file(path, buffer.getbuffer())
 
 
 def result(model, name, args, images):
@@ -366,12 +395,15 @@ def main(argv=None):
         evaluate.stop(f"cannot write to {args.out}: {error.strerror}")
     try:
         if args.recipe == "paper" or model.method == "dense":
-            learn(model, augmented, args, device, saved)
+            skipped = learn(model, augmented, args, device, saved)
         else:
             plain = evaluate.open_split(args, "train")
             plain.transform = evaluate.clean_transform(config)
             plain = data.sample(plain, min(512, len(augmented)), args.seed)
-            batches = [images.to(device) for images, _ in evaluate.make_loader(plain, args, device, batch_size=64)]
+            loader = evaluate.make_loader(plain, args, device, batch_size=64)
+            batches = [images.to(device) for images, _ in loader if len(images)]
+            if not batches:
+                evaluate.stop(f"none of {len(plain)} training images could be read")
             with evaluate.amp_context(device, args.amp):
                 scores = scores_of(model, batches[0])
                 ranks = [torch.zeros_like(masker.threshold) for masker in scores]
@@ -381,22 +413,23 @@ def main(argv=None):
                 masker.whole_gradient = True
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
             agree(ranks + [masker.threshold.data for masker in scores])
-            learn(model, augmented, args, device, saved, scores, ranks)
+            skipped = learn(model, augmented, args, device, saved, scores, ranks) | set(loader.bad.values())
             with evaluate.amp_context(device, args.amp):
-                evaluate.say(f"landing: r = {land(model, batches, scores, ranks, args.target):.3f} on {len(plain)} training images")
+                evaluate.say(f"landing: r = {land(model, batches, scores, ranks, args.target):.3f} on {sum(map(len, batches))} training images")
             agree(ranks + [masker.threshold.data for masker in scores])
             if evaluate.processes()[0] == 0:
                 last = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
-                save_file(args.out / "last.pt", last | {"model": model.state_dict(), "ranks": [rank.item() for rank in ranks]})
-    except ValueError as error:
+                save_file(args.out / "last.pt", last | {"model": model.state_dict()})  # with the ranks before: resumed, it lands again, and the same
+    except OutOfReach as error:
         evaluate.stop(error)
     if model.method != "dense":
         evaluate.write_file(args.out / "thresholds.json", json.dumps(result(model, name, args, len(augmented)), indent=1))
     goal = {} if model.method == "dense" else {"target": args.target}
-    metrics = {"model": name, "method": model.method} | goal | evaluate.measure_both(
-        model, evaluate.make_loader(evaluate.own_share(val_set), args, device, batch_size=args.batch_size), device, args.amp)
+    loader = evaluate.make_loader(evaluate.own_share(val_set), args, device, batch_size=args.batch_size)
+    metrics = {"model": name, "method": model.method} | goal | evaluate.measure_both(model, loader, device, args.amp)
     evaluate.write_file(args.out / "metrics.json", json.dumps(metrics, indent=1))
     evaluate.say(evaluate.report(metrics, name, model.method), sys.stdout)
+    evaluate.say_skipped(evaluate.gathered(skipped | set(loader.bad.values())))
 
 
 if __name__ == "__main__":
