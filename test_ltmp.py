@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -28,6 +30,8 @@ from ltmp import METHODS, VARIANTS, LTMPViT, ViTConfig, create_model, load_thres
 
 HERE = Path(__file__).parent
 FIXED = ("tome", "topk")
+settings.register_profile("the same every time", deadline=None, derandomize=True, database=None)
+settings.load_profile("the same every time")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -205,6 +209,67 @@ def test_attention_logits_of_ten_thousand(method, monkeypatch):
     monkeypatch.setattr(ltmp, "attend", spy)
     assert_one_function(model, images)
     assert method == "dense" or max(seen) > 1e4
+
+
+def plain_step(key, importance, merge_at, prune_at, r):
+    """Merge and prune of one image of n live tokens, token by token: key (n, D), importance (n,) -> what is left, in order, each as its sources."""
+    key, importance, tokens, nearest = F.normalize(key, dim=-1), importance.tolist(), {i: [i] for i in range(len(key))}, {}
+    for a in range(2, len(key), 2):  # the class token does not merge
+        nearest[a] = max((min((key[a] @ key[b]).item(), 1), -b) for b in range(1, len(key), 2))  # of equal ones the first
+    most_similar = sorted(nearest, key=lambda a: -nearest[a][0])
+    for a in most_similar[:r] if r is not None else [a for a in nearest if nearest[a][0] > merge_at]:
+        tokens[-nearest[a][1]] += tokens.pop(a)
+    order = [tokens[i] for i in sorted(tokens, key=lambda i: (i % 2, i))]  # set A, then set B
+    score = lambda sources: max(importance[i] for i in sources)
+    dropped = [t for t in order if score(t) <= prune_at] if r is None else sorted(order, key=score)[: min(r, (len(order) - 1) // 2)]
+    return [t for t in order if t not in dropped]
+
+
+A_THRESHOLD = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]) | st.floats(-1, 1, width=32)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 3), st.integers(0), st.booleans(), A_THRESHOLD, A_THRESHOLD, st.none() | st.integers(0, 12))
+def test_a_step_of_a_batch_is_a_loop_over_the_tokens_of_each_image(live, dead, seed, equal, merge_at, prune_at, r):
+    """Images of `live` tokens each, the rest dead; equal: many have the same key or importance, some keys are 0. r: tome and topk in place of thresholds."""
+    B, N, generator = len(live), max(live) + dead, torch.Generator().manual_seed(seed % 2**63)
+    randint = lambda high: torch.randint(high, (B, N), generator=generator)
+    key = torch.eye(5)[randint(5), :4] if equal else torch.randn(B, N, 4, generator=generator)
+    importance, size = (randint(4 if equal else 2**20) / (4 if equal else 2**20)), 1.0 + randint(9)
+    importance[:, 0] = math.inf
+    mask = (torch.arange(N) < torch.tensor(live)[:, None]).float()
+    maskers = [ltmp.ThresholdMasker(t, 0.1) for t in (merge_at, prune_at)]
+    if r is not None:
+        maskers = [ltmp.FixedCountMasker(r, which) for which in ("most similar", "least important")]
+    expected = [plain_step(key[i, :n], importance[i, :n], merge_at, prune_at, r) for i, n in enumerate(live)]
+    longest = max(map(len, expected))
+
+    x, new_size, merged, most = ltmp.merge(torch.eye(N).expand(B, N, N), key, size, mask, importance, maskers[0])  # each token knows whence it is
+    assert torch.equal((new_size * merged).sum(1), (size * mask).sum(1))  # merging loses no patch
+    pruned = ltmp.prune(merged, most, maskers[1])
+    assert set(merged.unique().tolist()) | set(pruned.unique().tolist()) <= {0.0, 1.0}
+    for drop in (False, True):
+        new_mask, (x_out, size_out, most_out) = ltmp.live_first(pruned, (x, new_size, most), drop)
+        assert new_mask.shape[1] == (longest if drop else N)
+        for i, tokens in enumerate(expected):
+            n = len(tokens)
+            assert tokens[0] == [0] and new_mask[i].tolist() == [1.0] * n + [0.0] * (new_mask.shape[1] - n)
+            assert [sorted(sources) for sources in tokens] == [row.nonzero().flatten().tolist() for row in x_out[i, :n]]
+            for j, sources in enumerate(tokens):
+                assert size_out[i, j] == size[i, sources].sum() and most_out[i, j] == importance[i, sources].max()
+                torch.testing.assert_close(x_out[i, j, sources], size[i, sources] / size[i, sources].sum())
+
+
+def test_a_merge_threshold_of_one_merges_not_even_equal_tokens():
+    key, ones = torch.randn(500, 1, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 10, -1), torch.ones(500, 10)
+    cosines = F.normalize(key, dim=-1) @ F.normalize(key, dim=-1).transpose(1, 2)
+    assert (cosines > 1).any()  # by rounding
+    assert torch.equal(ltmp.merge(key, key, ones, ones, ones, ltmp.ThresholdMasker(1, 0.1))[2], ones)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20), st.floats(-2, 2, width=32), st.sampled_from([1e-6, 0.1, 0.5, 1e6]))
+def test_masks_are_exactly_zero_and_one_for_any_scores(scores, threshold, tau):
+    scores, masker = torch.tensor([scores]), ltmp.ThresholdMasker(threshold, tau)
+    assert torch.equal(masker(scores, None), (scores > threshold).float())
 
 
 @pytest.mark.parametrize("method", FIXED)
@@ -745,14 +810,20 @@ def odd_image(mode, size):
 
 
 def test_eval_transform_is_torchvisions_to_the_bit():
-    """demo/torchvision.npz: Resize, CenterCrop, ToTensor, Normalize of torchvision 0.28 on these images."""
+    """demo/torchvision.npz: Resize, CenterCrop, ToTensor, Normalize of torchvision 0.28 and Pillow 13 on these images.
+
+    Before Pillow 13, resizing an image more than three times as long as wide gave other last bits: one level of 255.
+    """
     recorded = np.load(HERE / "demo" / "torchvision.npz")
     assert len(recorded.files) == 3 * len(ODD_IMAGES)
     for name in recorded.files:
         mode, size, crop, crop_pct = name.split("/")
         image = odd_image(mode, tuple(map(int, size.split("x"))))
-        ours = data.eval_transform(int(crop), float(crop_pct))(image)
-        assert np.array_equal(ours.numpy(), recorded[name]), name
+        ours = data.eval_transform(int(crop), float(crop_pct))(image).numpy()
+        if int(PIL.__version__.split(".")[0]) >= 13 or max(image.size) <= 3 * min(image.size):
+            assert np.array_equal(ours, recorded[name]), name
+        else:
+            assert np.abs(ours - recorded[name]).max() < 1.01 / 255 / 0.224, name
 
 
 def import_torchvision():
@@ -811,6 +882,20 @@ def test_a_damaged_image_is_named(tmp_path):
     (tmp_path / "val" / "a" / "0.jpg").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="0.jpg"):
         data.ImageFolder(tmp_path / "val")[0]
+
+
+@given(st.sampled_from(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"]), st.integers(1, 80), st.integers(1, 80),
+       st.integers(1, 40), st.integers(50, 100), st.integers(0))
+def test_transforms_take_any_image(mode, width, height, size, crop_percent, seed):
+    image, rng = odd_image("L" if mode == "I;16" else mode, (width, height)), random.Random(seed)
+    image = Image.fromarray(np.array(image).astype(np.uint16) * 200) if mode == "I;16" else image
+    train_transform = data.train_transform(size)
+    first, again = (train_transform(image, random.Random(seed)) for _ in range(2))
+    assert torch.equal(first, again)  # drawn from rng alone
+    for out in (first, data.eval_transform(size, crop_percent / 100)(image)):
+        assert out.shape == (3, size, size) and out.dtype == torch.float32 and out.isfinite().all()
+    left, top, right, bottom = data.random_crop((width, height), (0.08, 1), rng)
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
 
 
 def test_train_transform_draws_from_seed_epoch_and_index_alone():
