@@ -11,6 +11,8 @@ import gzip
 import math
 import os
 import random
+import warnings
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -101,12 +103,24 @@ def to_tensor(image, mean, std):
 
 
 def open_image(path):
-    """The image in a file as a PIL image in RGB. Raises ValueError where there is none."""
+    """The image in a file (the first, if there are several; not turned as EXIF may say) as a PIL image in RGB.
+
+    Raises ValueError where there is none, it is damaged and its format can tell, has more pixels than Pillow
+    allows (179 million), or a side 500 times the other: resized by its shorter side it would fill the memory.
+    """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"cannot read the image {path}: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata, which nobody reads, and images of half the size allowed
+            with Image.open(path) as image:
+                if max(image.size) > 500 * min(image.size):
+                    raise ValueError(f"{image.width} x {image.height} pixels: crop it")
+                if image.format == "PNG":
+                    with Image.open(path) as again:
+                        again.verify()  # its checksums, which are not looked at otherwise
+                return image.convert("RGB")
+    except Exception as error:  # the readers raise whatever a damaged file provokes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"cannot read the image {path}: {reason}") from None
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -169,9 +183,12 @@ class FashionMNIST(torch.utils.data.Dataset):
 
 
 def _read_idx(path, item_shape):
-    """An IDX file of bytes: a header of 4 bytes and 4 more per dimension, then the items."""
-    content = gzip.decompress(path.read_bytes())
-    return np.frombuffer(content, np.uint8, offset=8 + 4 * len(item_shape)).reshape(-1, *item_shape)
+    """An IDX file of bytes: a header of 4 bytes and 4 more per dimension, then the items. Raises ValueError where it is none."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+        return np.frombuffer(content, np.uint8, offset=8 + 4 * len(item_shape)).reshape(-1, *item_shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 class Augmented(torch.utils.data.Dataset):
