@@ -14,6 +14,8 @@ import math
 import os
 import random
 import time
+import warnings
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -133,13 +135,23 @@ class ImageError(ValueError):
 def open_image(path, transform=None):
     """What transform makes of the image in a file, given before it is decoded; without one a PIL image in RGB.
 
-    Raises ImageError where there is no image.
+    The first image, if there are several; not turned as EXIF may say. Raises ImageError where there is none, it is
+    damaged and its format can tell, has more pixels than Pillow allows (179 million), or a side 500 times the other:
+    resized by its shorter side it would fill the memory.
     """
     try:
-        with Image.open(path) as image:
-            return transform(image) if transform else image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ImageError(f"cannot read the image {path}: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata, which nobody reads, and images of half the size allowed
+            with Image.open(path) as image:
+                if max(image.size) > 500 * min(image.size):
+                    raise ValueError(f"{image.width} x {image.height} pixels: crop it")
+                if image.format == "PNG":
+                    with Image.open(path) as again:
+                        again.verify()  # its checksums, which are not looked at otherwise
+                return transform(image) if transform else image.convert("RGB")
+    except Exception as error:  # the readers raise whatever a damaged file provokes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ImageError(f"cannot read the image {path}: {reason}") from None
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -207,9 +219,12 @@ class FashionMNIST(torch.utils.data.Dataset):
 
 
 def _read_idx(path, item_shape):
-    """An IDX file of bytes: a header of 4 bytes and 4 more per dimension, then the items."""
-    content = gzip.decompress(path.read_bytes())
-    return np.frombuffer(content, np.uint8, offset=8 + 4 * len(item_shape)).reshape(-1, *item_shape)
+    """An IDX file of bytes: a header of 4 bytes and 4 more per dimension, then the items. Raises ValueError where it is none."""
+    try:
+        content = gzip.decompress(path.read_bytes())
+        return np.frombuffer(content, np.uint8, offset=8 + 4 * len(item_shape)).reshape(-1, *item_shape)
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
 
 
 class Augmented(torch.utils.data.Dataset):

@@ -24,6 +24,7 @@ There are two executions of one function. In training (drop=False) dead tokens s
 behind the live ones, masked, since a threshold needs their gradient. In inference (drop=True) they are cut off.
 """
 
+import hashlib
 import json
 import math
 import re
@@ -636,20 +637,11 @@ def read_checkpoint(source):
     state, where = source, "the state dict"
     if not isinstance(source, dict):
         where = str(source)
-        path = download(where) if re.match(r"(https?|file)://", where) else Path(source)
-        try:
-            state = _read_file(path)
-        except FileNotFoundError:
-            raise ValueError(f"no checkpoint at {where}") from None
-        except ImportError as error:
-            raise ValueError(f"{where}: {error}") from None
-        except Exception as error:  # the readers raise whatever a damaged file provokes
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{where} is no checkpoint that can be read: {reason}") from None
+        state = read_file(download(where) if re.match(r"(https?|file)://", where) else source)
     for wrapper in ("model_ema", "model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
         raise ValueError(f"{where} holds no state dict: names of weights and their tensors")
     state = {re.sub(r"^((module|_orig_mod)\.)+", "", name): value for name, value in state.items()}
     state = {name: value for name, value in state.items() if not re.search(UNUSED, name)}
@@ -660,14 +652,36 @@ def read_checkpoint(source):
     return state
 
 
+def read_file(path):
+    """What is in the file of a checkpoint (formats: see read_checkpoint). Raises ValueError where it is none, or damaged.
+
+    A changed weight cannot be seen in .safetensors, nor in what torch wrote before 1.6: they have no checksums.
+    """
+    try:
+        return _read_file(path)
+    except FileNotFoundError:
+        raise ValueError(f"no checkpoint at {path}") from None
+    except ImportError as error:
+        raise ValueError(f"{path}: {error}") from None
+    except Exception as error:  # the readers raise whatever a damaged file provokes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path} is no checkpoint, or damaged (then copy it again): {reason}") from None
+
+
 def _read_file(path):
     with open(path, "rb") as file:
         start = file.read(9)
-    if zipfile.is_zipfile(path) and any(name.endswith(".npy") for name in zipfile.ZipFile(path).namelist()):
-        import numpy
+    if start[:2] == b"PK":  # a zip archive: .npz, or torch's format, whose checksums torch does not look at
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            wrong = archive.testzip() if any(entry.CRC for entry in entries) else None  # torch can be told to write none
+        if wrong:
+            raise ValueError(f"the checksum of {wrong} in it does not fit")
+        if any(entry.filename.endswith(".npy") for entry in entries):
+            import numpy
 
-        with numpy.load(path) as arrays:
-            return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+            with numpy.load(path) as arrays:
+                return {name: torch.from_numpy(arrays[name]) for name in arrays.files}
     if start[8:] == b"{":  # eight bytes of length, then JSON
         try:
             from safetensors.torch import load_file
@@ -715,8 +729,8 @@ def resize_positions(pos_embed, num_tokens):
 def load_weights(model, source, new_head=False):
     """Load the weights of a published ViT, whatever library it comes from. Returns the model.
 
-    source: as for read_checkpoint. Strict: every weight must be there with its shape; only thresholds may
-    be missing. Position embeddings of another grid are resized. Left out is what the model has no use for:
+    source: as for read_checkpoint. Strict: every weight must be there with its shape, and finite; only the thresholds
+    of a step may be missing, all of them. Position embeddings of another grid are resized. Left out is what the model has no use for:
     thresholds of another method, the head where num_classes=0. new_head=True keeps the model's own head
     where the checkpoint has none or one for another number of classes. Raises ValueError naming what does not fit.
     """
@@ -726,11 +740,14 @@ def load_weights(model, source, new_head=False):
         state["pos_embed"] = resize_positions(state["pos_embed"], own["pos_embed"].shape[1])
     if new_head and ("head.weight" not in state or state["head.weight"].shape != own["head.weight"].shape):
         state |= {"head.weight": own["head.weight"], "head.bias": own["head.bias"]}
-    optional = lambda name: name.endswith("_masker.threshold") or (name.startswith("head.") and not model.config.num_classes)
+    both = {name.split(".")[-2] for name in own if name.endswith("_masker.threshold") and name in state}  # maskers that model and source have
+    optional = lambda name: ((name.endswith("_masker.threshold") and name.split(".")[-2] not in both)
+                             or (name.startswith("head.") and not model.config.num_classes))
     problems = [f"missing {name} {tuple(own[name].shape)}" for name in own if name not in state and not optional(name)]
     problems += [f"unexpected {name} {tuple(state[name].shape)}" for name in state if name not in own and not optional(name)]
     problems += [f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}"
                  for name in own if name in state and state[name].shape != own[name].shape]
+    problems += [f"{name} holds NaN or infinity" for name in own if name in state and not state[name].float().sum().isfinite()]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise ValueError(f"{where} does not fit the model: {'; '.join(problems[:5])}{more}")
@@ -742,14 +759,22 @@ def load_weights(model, source, new_head=False):
 # Thresholds
 
 
+def seal(content):
+    """The content of a thresholds.json with the start of its SHA-256 as "sha256", by which read_thresholds sees damage."""
+    plain = {name: value for name, value in content.items() if name != "sha256"}
+    return plain | {"sha256": hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]}
+
+
 def read_thresholds(path):
-    """The content of a thresholds.json as a dict. Raises ValueError where there is none."""
+    """The content of a thresholds.json as a dict. Raises ValueError where there is none, or it is not what was written."""
     try:
         found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"cannot read thresholds from {path}: {error}") from None
     if not isinstance(found, dict) or not isinstance(found.get("method"), str) or found["method"] not in METHODS:
         raise ValueError(f"{path} is no thresholds.json: it names none of the methods {', '.join(METHODS)}")
+    if "sha256" in found and found != seal(found):
+        raise ValueError(f'{path} is not what train.py wrote: damaged, or edited; it is accepted without its entry "sha256"')
     return found
 
 
@@ -765,7 +790,7 @@ def load_thresholds(model, source):
     for step in METHODS[model.method]:  # all are checked before the first is set
         values = found.get(f"{step}_thresholds")
         if (not isinstance(values, list) or len(values) != len(model.blocks)
-                or not all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)):
+                or not all(isinstance(value, (int, float)) and abs(value) < 1e38 for value in values)):
             raise ValueError(f"{step}_thresholds must be {len(model.blocks)} numbers, one per block; got {values}")
     for step in METHODS[model.method]:
         for block, value in zip(model.blocks, found[f"{step}_thresholds"]):

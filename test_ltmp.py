@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import csv
+import gzip
 import json
 import math
 import multiprocessing
@@ -16,15 +17,19 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 import zlib
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings, strategies as st
 from PIL import Image, ImageDraw, ImageEnhance, ImageOps
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
@@ -36,6 +41,8 @@ from ltmp import METHODS, VARIANTS, LTMPViT, ViTConfig, create_model, load_thres
 
 HERE = Path(__file__).parent
 FIXED = ("tome", "topk")
+settings.register_profile("the same every time", deadline=None, derandomize=True, database=None)
+settings.load_profile("the same every time")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -215,6 +222,67 @@ def test_attention_logits_of_ten_thousand(method, monkeypatch):
     assert method == "dense" or max(seen) > 1e4
 
 
+def plain_step(key, importance, merge_at, prune_at, r):
+    """Merge and prune of one image of n live tokens, token by token: key (n, D), importance (n,) -> what is left, in order, each as its sources."""
+    key, importance, tokens, nearest = F.normalize(key, dim=-1), importance.tolist(), {i: [i] for i in range(len(key))}, {}
+    for a in range(2, len(key), 2):  # the class token does not merge
+        nearest[a] = max((min((key[a] @ key[b]).item(), 1), -b) for b in range(1, len(key), 2))  # of equal ones the first
+    most_similar = sorted(nearest, key=lambda a: -nearest[a][0])
+    for a in most_similar[:r] if r is not None else [a for a in nearest if nearest[a][0] > merge_at]:
+        tokens[-nearest[a][1]] += tokens.pop(a)
+    order = [tokens[i] for i in sorted(tokens, key=lambda i: (i % 2, i))]  # set A, then set B
+    score = lambda sources: max(importance[i] for i in sources)
+    dropped = [t for t in order if score(t) <= prune_at] if r is None else sorted(order, key=score)[: min(r, (len(order) - 1) // 2)]
+    return [t for t in order if t not in dropped]
+
+
+A_THRESHOLD = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 2.0]) | st.floats(-1, 1, width=32)
+
+
+@given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.integers(0, 3), st.integers(0), st.booleans(), A_THRESHOLD, A_THRESHOLD, st.none() | st.integers(0, 12))
+def test_a_step_of_a_batch_is_a_loop_over_the_tokens_of_each_image(live, dead, seed, equal, merge_at, prune_at, r):
+    """Images of `live` tokens each, the rest dead; equal: many have the same key or importance, some keys are 0. r: tome and topk in place of thresholds."""
+    B, N, generator = len(live), max(live) + dead, torch.Generator().manual_seed(seed % 2**63)
+    randint = lambda high: torch.randint(high, (B, N), generator=generator)
+    key = torch.eye(5)[randint(5), :4] if equal else torch.randn(B, N, 4, generator=generator)
+    importance, size = (randint(4 if equal else 2**20) / (4 if equal else 2**20)), 1.0 + randint(9)
+    importance[:, 0] = math.inf
+    mask = (torch.arange(N) < torch.tensor(live)[:, None]).float()
+    maskers = [ltmp.ThresholdMasker(t, 0.1) for t in (merge_at, prune_at)]
+    if r is not None:
+        maskers = [ltmp.FixedCountMasker(r, which) for which in ("most similar", "least important")]
+    expected = [plain_step(key[i, :n], importance[i, :n], merge_at, prune_at, r) for i, n in enumerate(live)]
+    longest = max(map(len, expected))
+
+    x, new_size, merged, most = ltmp.merge(torch.eye(N).expand(B, N, N), key, size, mask, importance, maskers[0])  # each token knows whence it is
+    assert torch.equal((new_size * merged).sum(1), (size * mask).sum(1))  # merging loses no patch
+    pruned = ltmp.prune(merged, most, maskers[1])
+    assert set(merged.unique().tolist()) | set(pruned.unique().tolist()) <= {0.0, 1.0}
+    for drop in (False, True):
+        new_mask, (x_out, size_out, most_out) = ltmp.live_first(pruned, (x, new_size, most), drop)
+        assert new_mask.shape[1] == (longest if drop else N)
+        for i, tokens in enumerate(expected):
+            n = len(tokens)
+            assert tokens[0] == [0] and new_mask[i].tolist() == [1.0] * n + [0.0] * (new_mask.shape[1] - n)
+            assert [sorted(sources) for sources in tokens] == [row.nonzero().flatten().tolist() for row in x_out[i, :n]]
+            for j, sources in enumerate(tokens):
+                assert size_out[i, j] == size[i, sources].sum() and most_out[i, j] == importance[i, sources].max()
+                torch.testing.assert_close(x_out[i, j, sources], size[i, sources] / size[i, sources].sum())
+
+
+def test_a_merge_threshold_of_one_merges_not_even_equal_tokens():
+    key, ones = torch.randn(500, 1, 8, generator=torch.Generator().manual_seed(0)).expand(-1, 10, -1), torch.ones(500, 10)
+    cosines = F.normalize(key, dim=-1) @ F.normalize(key, dim=-1).transpose(1, 2)
+    assert (cosines > 1).any()  # by rounding
+    assert torch.equal(ltmp.merge(key, key, ones, ones, ones, ltmp.ThresholdMasker(1, 0.1))[2], ones)
+
+
+@given(st.lists(st.floats(width=32, allow_nan=False), min_size=1, max_size=20), st.floats(-2, 2, width=32), st.sampled_from([1e-6, 0.1, 0.5, 1e6]))
+def test_masks_are_exactly_zero_and_one_for_any_scores(scores, threshold, tau):
+    scores, masker = torch.tensor([scores]), ltmp.ThresholdMasker(threshold, tau)
+    assert torch.equal(masker(scores, None), (scores > threshold).float())
+
+
 @pytest.mark.parametrize("method", FIXED)
 def test_fixed_count_removes_r_but_never_half(method):
     model, images = random_model(1, method, image_size=14, depth=5)  # 50 tokens
@@ -323,7 +391,7 @@ def test_wrong_models_are_refused_in_one_line(bad):
 
 def counted(model, image):
     """Multiply-adds of one image as torch counts them on what really runs; and the tokens kept."""
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # torch 2.4 cannot count inference_mode, nor fused attention
         _, kept = model.eval()(image[None])
     return counter.get_total_flops() / 2, kept
 
@@ -732,6 +800,109 @@ def test_broken_thresholds_are_refused(tmp_path, content):
         load_thresholds(create_model("demo"), tmp_path / "absent.json")
 
 
+def test_thresholds_that_were_changed_are_refused(tmp_path):
+    written = ltmp.seal({"method": "ltmp", "merge_thresholds": [0.9] * 12, "prune_thresholds": [0.001] * 12, "image_size": 28})
+    for change, works in (({}, True), ({"merge_thresholds": [0.9] * 11 + [0.8]}, False), ({"image_size": 24}, False), ({"sha256": "0" * 16}, False)):
+        (tmp_path / "t.json").write_text(json.dumps(written | change, indent=2))  # laid out in another way: no change
+        if works:
+            load_thresholds(create_model("demo"), tmp_path / "t.json")
+        else:
+            with pytest.raises(ValueError, match='t.json is not what train.py wrote: damaged, or edited; it is accepted without its entry "sha256"'):
+                ltmp.read_thresholds(tmp_path / "t.json")
+        (tmp_path / "t.json").write_text(json.dumps({name: value for name, value in (written | change).items() if name != "sha256"}))
+        load_thresholds(create_model("demo"), tmp_path / "t.json")
+    assert all("sha256" in ltmp.read_thresholds(path) for path in (HERE / "demo").glob("*thresholds.json"))
+
+
+@pytest.mark.parametrize("change, named", [
+    (lambda state: state["norm.bias"].fill_(math.nan), "norm.bias holds NaN or infinity"),
+    (lambda state: state["head.weight"][1:].fill_(-math.inf), "head.weight holds NaN or infinity"),
+    (lambda state: state.pop("blocks.1.merge_masker.threshold"), "missing blocks.1.merge_masker.threshold"),
+    (lambda state: state.update({"blocks.9.prune_masker.threshold": torch.ones(1)}), "unexpected blocks.9.prune_masker.threshold"),
+])
+def test_weights_that_nothing_could_run_with_are_refused(change, named):
+    state = {name: w.clone() for name, w in format_model().state_dict().items()}
+    change(state)
+    with pytest.raises(ValueError, match=named):
+        load_weights(LTMPViT(format_model().config), state)
+
+
+def test_a_damaged_or_foreign_last_pt_is_refused(tmp_path):
+    torch.save({"settings": {}, "model": plain_state(format_model())}, tmp_path / "last.pt")
+    content = bytearray((tmp_path / "last.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "last.pt").write_bytes(content)
+    args = train.parse_args(["--out", str(tmp_path)])
+    with pytest.raises(ValueError, match="last.pt is no checkpoint, or damaged .then copy it again.: the checksum of .* does not fit"):
+        train.load_checkpoint(args)
+    torch.save(plain_state(format_model()), tmp_path / "last.pt")
+    with pytest.raises(ValueError, match="last.pt is no last.pt of train.py"):
+        train.load_checkpoint(args)
+
+
+def saved_weights(path, how):
+    """The weights of format_model in a file. Returns what loads them, how many bytes from the start on have to be right, and what they were."""
+    state = format_model().state_dict()
+    if how == "npz":
+        with open(path, "wb") as file:
+            np.savez(file, **{name: value.numpy() for name, value in as_flax(plain_state(format_model())).items()})
+    elif how == "safetensors":
+        pytest.importorskip("safetensors.torch").save_file(state, path)
+    else:
+        torch.save({"model": state}, path, _use_new_zipfile_serialization=how == "torch")
+    content = path.read_bytes()
+    guarded = {"torch before 1.6": 0, "safetensors": 8 + int.from_bytes(content[:8], "little")}.get(how, len(content))  # the others have checksums
+    return lambda: [w.tolist() for w in load_weights(LTMPViT(format_model().config), path).state_dict().values()], guarded
+
+
+def saved_thresholds(path, how):
+    path.write_text(json.dumps(ltmp.seal({"method": "ltmp", "merge_thresholds": [0.25, 0.75], "prune_thresholds": [0.001, 0.0], "seed": 0}), indent=1))
+    load = lambda: [m.threshold.item() for _, m in train.threshold_maskers(load_thresholds(LTMPViT(format_model().config), path))]
+    return load, path.stat().st_size
+
+
+def saved_image(path, how):
+    exif = Image.Exif()
+    exif.update({271: "camera", 282: 72.0})
+    odd_image("RGB", (97, 61)).save(path, how, exif=exif)
+    return lambda: data.open_image(path).tobytes(), path.stat().st_size if how == "PNG" else 0
+
+
+SAVED = {saved_weights: ["torch", "torch before 1.6", "npz", "safetensors"], saved_thresholds: ["json"], saved_image: ["JPEG", "PNG", "TIFF", "WEBP"]}
+
+
+@pytest.mark.parametrize("save, how", [(save, how) for save in SAVED for how in SAVED[save]])
+def test_fuzz_damaged_files_are_refused_in_one_line_or_hold_what_was_saved(save, how, tmp_path):
+    """LTMP_FUZZ files each: cut off, with flipped bits, with flipped bits near the start. Where a format has no checksum, other values may come out, but nothing else."""
+    path = tmp_path / "file"
+    load, guarded = save(path, how)
+    content, saved, rng, refused = path.read_bytes(), load(), random.Random(how), 0
+
+    def fuzz():
+        nonlocal refused
+        for i in range(3 * int(os.environ.get("LTMP_FUZZ", 15))):
+            damaged, places = bytearray(content), []
+            if i % 3 == 0:
+                del damaged[rng.randrange(len(content)) :]
+            else:
+                places = [rng.randrange(len(content) if i % 3 == 1 else min(len(content), 512)) for _ in range(rng.choice([1, 1, 1, 4, 16]))]
+            for place in places:
+                damaged[place] ^= 1 << rng.randrange(8)
+            path.write_bytes(damaged)
+            try:
+                found = load()
+            except ValueError as error:
+                assert type(error) is ValueError and "\n" not in str(error)
+                refused += 1
+            else:
+                assert found == saved or (places and min(places) >= guarded), (i, places)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        used = evaluate.peak_memory(fuzz, torch.device("cpu"))
+    assert refused and (used is None or used < 300)  # MB
+
+
 def test_ltmp_and_flops_stand_alone():
     for name, allowed in (("ltmp.py", {"torch"}), ("flops.py", {"torch"})):
         for node in ast.parse((HERE / name).read_text()).body:
@@ -756,14 +927,20 @@ def odd_image(mode, size):
 
 
 def test_eval_transform_is_torchvisions_to_the_bit():
-    """demo/torchvision.npz: Resize, CenterCrop, ToTensor, Normalize of torchvision 0.28 on these images."""
+    """demo/torchvision.npz: Resize, CenterCrop, ToTensor, Normalize of torchvision 0.28 and Pillow 13 on these images.
+
+    Before Pillow 13, resizing an image more than three times as long as wide gave other last bits: one level of 255.
+    """
     recorded = np.load(HERE / "demo" / "torchvision.npz")
     assert len(recorded.files) == 3 * len(ODD_IMAGES)
     for name in recorded.files:
         mode, size, crop, crop_pct = name.split("/")
         image = odd_image(mode, tuple(map(int, size.split("x"))))
-        ours = data.eval_transform(int(crop), float(crop_pct))(image)
-        assert np.array_equal(ours.numpy(), recorded[name]), name
+        ours = data.eval_transform(int(crop), float(crop_pct))(image).numpy()
+        if int(PIL.__version__.split(".")[0]) >= 13 or max(image.size) <= 3 * min(image.size):
+            assert np.array_equal(ours, recorded[name]), name
+        else:
+            assert np.abs(ours - recorded[name]).max() < 1.01 / 255 / 0.224, name
 
 
 def import_torchvision():
@@ -822,6 +999,71 @@ def test_a_damaged_image_is_named(tmp_path):
     (tmp_path / "val" / "a" / "0.jpg").write_bytes(b"not a picture")
     with pytest.raises(ValueError, match="0.jpg"):
         data.ImageFolder(tmp_path / "val")[0]
+
+
+def header_of_a_bomb():
+    """A PNG of 69 bytes that claims to be 30,000 x 30,000 pixels."""
+    chunk = lambda name, content: len(content).to_bytes(4, "big") + name + content + zlib.crc32(name + content).to_bytes(4, "big")
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", 2 * (30000).to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def test_images_that_would_fill_the_memory_are_refused(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(header_of_a_bomb())
+    Image.new("L", (1, 30000)).save(tmp_path / "long.png")
+    Image.new("L", (30000, 60)).save(tmp_path / "wide.png")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for name, reason in (("bomb.png", "900000000 pixels"), ("long.png", "1 x 30000 pixels: crop it")):
+            with pytest.raises(ValueError, match=f"cannot read the image .*{name}: .*{reason}"):
+                data.open_image(tmp_path / name)
+        assert data.eval_transform(28)(data.open_image(tmp_path / "wide.png")).shape == (3, 28, 28)  # 500 times as wide as high
+
+
+def test_images_are_read_as_torchvisions_loader_reads_them(tmp_path):
+    """convert("RGB") of the first image, not turned by EXIF; and no warnings."""
+    turned, transparent = Image.Exif(), {"transparency": bytes(range(256))}
+    turned[274] = 6
+    rgb, deep = odd_image("RGB", (40, 30)), Image.fromarray((np.arange(1200).reshape(30, 40) * 50).astype(np.uint16))
+    more = {"save_all": True, "append_images": [rgb.transpose(Image.Transpose.ROTATE_180)]}
+    files = [(odd_image(mode, (40, 30)), "TIFF", {}) for mode in ("1", "L", "LA", "P", "RGBA", "CMYK", "I", "F")]
+    files += [(deep, "PNG", {}), (odd_image("P", (40, 30)), "PNG", transparent), (rgb, "JPEG", {"exif": turned}), (rgb, "GIF", more), (rgb, "PNG", more),
+              (rgb.crop((0, 0, 1, 1)), "PNG", {})]
+    for image, format, options in files:
+        image.save(tmp_path / "image.png", format, **options)  # the content says what it is
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(tmp_path / "image.png") as opened:
+                expected = opened.convert("RGB")
+            warnings.simplefilter("error")
+            found = data.open_image(tmp_path / "image.png")
+        assert found.mode == "RGB" and found.size == image.size and found.tobytes() == expected.tobytes(), (image.mode, format)
+
+
+@given(st.sampled_from(["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F", "I;16"]), st.integers(1, 80), st.integers(1, 80),
+       st.integers(1, 40), st.integers(50, 100), st.integers(0))
+def test_transforms_take_any_image(mode, width, height, size, crop_percent, seed):
+    image, rng = odd_image("L" if mode == "I;16" else mode, (width, height)), random.Random(seed)
+    image = Image.fromarray(np.array(image).astype(np.uint16) * 200) if mode == "I;16" else image
+    train_transform = data.train_transform(size)
+    first, again = (train_transform(image, random.Random(seed)) for _ in range(2))
+    assert torch.equal(first, again)  # drawn from rng alone
+    for out in (first, data.eval_transform(size, crop_percent / 100)(image)):
+        assert out.shape == (3, size, size) and out.dtype == torch.float32 and out.isfinite().all()
+    left, top, right, bottom = data.random_crop((width, height), (0.08, 1), rng)
+    assert 0 <= left < right <= width and 0 <= top < bottom <= height
+
+
+def test_damaged_fashion_mnist_is_named(tmp_path):
+    for name in ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"):
+        (tmp_path / name).write_bytes(gzip.compress(bytes(8 if "labels" in name else 16) + bytes(784 if "images" in name else 1)))
+    assert len(data.FashionMNIST(tmp_path, "test")) == 1
+    content = (tmp_path / "t10k-images-idx3-ubyte.gz").read_bytes()
+    for damaged in (content[:-1], content[:-6] + b"000000", gzip.compress(bytes(100)), b"no gzip", b""):
+        (tmp_path / "t10k-images-idx3-ubyte.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot read .*t10k-images"):
+            data.FashionMNIST(tmp_path, "test")
+    with pytest.raises(ValueError, match="cannot read .*train-images"):
+        data.FashionMNIST(tmp_path, "train")
 
 
 def test_train_transform_draws_from_seed_epoch_and_index_alone():

@@ -338,7 +338,9 @@ def load_checkpoint(args):
     path = args.out / "last.pt"
     if not path.is_file():
         raise ValueError(f"nothing to resume: no {path}; without --resume a run begins")
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    saved = ltmp.read_file(path)
+    if not isinstance(saved, dict) or "settings" not in saved:
+        raise ValueError(f"{path} is no last.pt of train.py")
     for name, value in settings(args).items():
         if saved["settings"].get(name) != value:
             raise ValueError(f"{path} was made with {name} = {saved['settings'].get(name)}, not {value}: resume with the same settings")
@@ -356,10 +358,10 @@ def result(model, name, args, images):
     """The content of thresholds.json: the thresholds and how they came about."""
     found = {f"{step}_thresholds": [round(getattr(block, f"{step}_masker").threshold.item(), 9) for block in model.blocks]
              for step in ("merge", "prune") if step in ltmp.METHODS[model.method]}
-    return {"model": name, "method": model.method, "target": args.target} | found | {
+    return ltmp.seal({"model": name, "method": model.method, "target": args.target} | found | {
         "data": args.data or "embedded Fashion-MNIST", "weights": args.weights or "the model's own", "images": images, "image_size": model.config.image_size,
         "epochs": args.epochs, "batch_size": args.batch_size, "recipe": args.recipe, "lr": args.lr, "reg_weight": args.reg_weight,
-        "tau": args.tau, "seed": args.seed, "version": ltmp.__version__}
+        "tau": args.tau, "seed": args.seed, "version": ltmp.__version__})
 
 
 def main(argv=None):
