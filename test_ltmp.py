@@ -1827,9 +1827,9 @@ WRONG_INPUT = {  # what train.py and evaluate.py, a tiny model, say to these fla
     "--batch-size -8": "-8 is no whole number from 1 on",
     "--limit-val 0.5": "0.5 is no whole number from 1 on",
     "--seed one": "invalid int value: 'one'",
-    "--weights {}/text": "text is no checkpoint that can be read",
-    "--weights {}/cut": "cut is no checkpoint that can be read",
-    "--weights {}/code": "code is no checkpoint that can be read",
+    "--weights {}/text": "text is no checkpoint, or damaged",
+    "--weights {}/cut": "cut is no checkpoint, or damaged",
+    "--weights {}/code": "code is no checkpoint, or damaged",
     "--weights {}/deeper": "does not fit the model: unexpected blocks.2.",
     "--weights {}/wider": "does not fit the model: cls_token is (1, 1, 24), not (1, 1, 16)",
 }
