@@ -21,7 +21,7 @@ Inside a block attention adds two more, by which tokens are chosen:
     importance  (B, N)     how much attention each token receives (see attend): the least important are pruned
 
 There are two executions of one function. In training (drop=False) dead tokens stay in the tensors
-behind the live ones, masked, since a threshold needs their gradient. In inference (drop=True) they are cut off.
+behind the live ones, masked, since a threshold needs their gradient. In inference (drop=True) they are cut off, up to the batch's longest image.
 """
 
 import hashlib
@@ -119,8 +119,8 @@ class ThresholdMasker(nn.Module):
 
         d loss / d threshold = - sum over tokens of d loss / d chosen * soft (1 - soft) / tau
 
-    and d loss / d chosen comes through the mask: from the attention of later blocks and from the
-    FLOPs term of the loss. soft + (hard - soft) is exactly 0 or 1 in float arithmetic, since
+    and d loss / d chosen comes through the mask, from the attention of later blocks and from the
+    FLOPs term of the loss, and with whole_gradient through the mean that merge makes. soft + (hard - soft) is exactly 0 or 1 in float arithmetic, since
     hard = 1 only where soft >= 0.5; (hard + soft) - soft is not, and who merged would keep a mask of 6e-8.
     """
 
@@ -132,7 +132,7 @@ class ThresholdMasker(nn.Module):
         self.tau = tau
 
     def forward(self, scores, mask):
-        """scores (B, M) float32 of M candidates, mask (B, N) unused -> chosen (B, M) float32 of 0 and 1."""
+        """scores (B, M) float32, inf or -inf where nothing is to be decided, mask (B, N) unused -> chosen (B, M) float32 of 0 and 1."""
         threshold = self.threshold.float()
         soft = torch.sigmoid((scores - threshold) / self.tau)
         return soft + ((scores > threshold).float() - soft).detach()
@@ -169,11 +169,11 @@ def _rank(scores, descending):
 
 
 def merge(x, key, size, mask, importance, masker):
-    """Merge every other token into the most similar of the rest (paper: token merging; the matching is ToMe's, arXiv 2210.09461).
+    """Merge every other token, where `masker` says so, into the most similar of the rest (paper: token merging; the matching is ToMe's, arXiv 2210.09461).
 
-    Live tokens at positions 0, 2, 4 ... are set A, those at 1, 3, 5 ... set B. Each A token looks
-    for the B token with the most similar key (cosine) and merges into it where `masker` says 1.
-    The class token (position 0) never merges. Several A tokens may merge into one B token: its
+    Tokens at positions 0, 2, 4 ... are set A, those at 1, 3, 5 ... set B. Each A token looks for the
+    B token with the most similar key (cosine) and merges into it where `masker` says 1. The class
+    token (position 0) never merges; the dead take no part. Several A tokens may merge into one B token: its
     feature becomes the mean of all, weighted by size, its importance their maximum, so that what
     was important to somebody is not pruned for the company that it keeps.
 
@@ -197,8 +197,8 @@ def merge(x, key, size, mask, importance, masker):
     cannot_merge[:, 0] = True  # neither dead tokens nor the class token
     merged = masker(similarity.masked_fill(cannot_merge, -math.inf), mask)  # (B, Na) of 0 and 1
 
-    # Removing a token from r is removing it, but for the accuracy a token that merges lives on in the mean:
-    # the gradient takes both ways. The paper's takes the first alone, and only for tokens that merged.
+    # For r a token that merges is gone, for the accuracy it lives on in the mean: the whole gradient
+    # takes both ways. The paper's takes the first alone, and only for tokens that merged.
     if masker.whole_gradient:
         gone, weight = merged, merged * size_a  # (B, Na)
     else:
@@ -229,8 +229,8 @@ def prune(mask, importance, masker):
 def live_first(mask, tensors, drop):
     """Move the dead behind the live, whose order stays; with drop=True cut off what no image of the batch needs.
 
-    This is what makes the masked and the dropping execution one function: "every other live token"
-    means the same tokens in both. mask (B, N), tensors (B, N) or (B, N, C) -> mask, tensors.
+    With the mask, this makes the masked and the dropping execution one function: "every other token"
+    means the same live tokens in both. mask (B, N), tensors (B, N) or (B, N, C) -> mask, tensors.
     """
     order = mask.argsort(dim=1, descending=True, stable=True)  # (B, N)
     if drop:
@@ -251,7 +251,7 @@ def live_rows(mask, drop):
 
 
 def on_live(layer, x, rows):
-    """layer, which sees one token at a time, on the live tokens of x (B, N, C) alone, without the gaps between images.
+    """layer, which sees one token at a time, on x (B, N, C): the live tokens without the gaps between images.
 
     In training the dead are computed too, without a graph: the gradient of their mask needs their
     keys and values, but nothing flows back through what they become. In inference, where the tail
@@ -292,8 +292,8 @@ def attend(q, k, v, size, mask):
     queries count for importance, because when tokens are really dropped there are no others.
 
     q, k, v (B, H, N, D), size, mask (B, N)
-    -> out (B, H, N, D), importance (B, N) float32, logits, attn (B, H, N, N) float32. Rows of the dead mean
-    nothing. Not for autograd, which cannot follow what is done in place: see masked_attention.
+    -> out (B, H, N, D), importance (B, N) float32, logits, attn (B, H, N, N) float32. The dead rows of out
+    mean nothing. Not for autograd, which cannot follow what is done in place: see masked_attention.
     """
     logits = (q @ k.transpose(-2, -1)).float()  # (B, H, N, N)
     bias = size.log().masked_fill(mask == 0, -math.inf)[:, None, None]  # (B, 1, 1, N)
@@ -310,7 +310,7 @@ class MaskedAttention(torch.autograd.Function):
 
     The mask is a factor, so that it has a gradient also where it is 0: what a dead token would add.
 
-        d attn_ij / d m_n = ratio_in ((n = j) - attn_ij)        ratio_in = s_n exp(q_i k_n) / sum_l m_l s_l exp(q_i k_l)
+        d attn_ij / d m_n = ratio_in ((n = j) - attn_ij)        ratio_in = s_n exp(q_i k_n) / sum_l m_l s_l exp(q_i k_l), at most 1
 
     Tokens must come live first, and nothing may depend on the outputs of dead ones but their own
     next layers, so that their gradient is 0. Written out because autograd would keep and walk
@@ -367,7 +367,7 @@ def masked_attention(q, k, v, size, mask):
     """attend, with a gradient if one is wanted. The class token's importance is inf: it is never pruned.
 
     q, k, v (B, H, N, D), size, mask (B, N), live tokens first
-    -> out (B, H, N, D), importance (B, N) float32; rows of the dead mean nothing.
+    -> out (B, H, N, D), importance (B, N) float32; the dead rows of out mean nothing.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, mask)):
         out, importance = MaskedAttention.apply(q, k, v, size, mask)
