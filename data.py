@@ -16,6 +16,7 @@ import random
 import time
 import warnings
 import zlib
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -109,8 +110,10 @@ def random_crop(image_size, scale, rng, ratio=(3 / 4, 4 / 3)):
 
 
 def to_rgb(image):
-    """The image in RGB; the image itself, without the copy that convert makes, if it already is."""
-    return image if image.mode == "RGB" else image.convert("RGB")
+    """The image in RGB; the image itself, without the copy that convert makes, if it already is. Raises ImageError where it cannot be decoded."""
+    with reading(getattr(image, "filename", "image in memory")):
+        image.load()
+        return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def to_tensor(image):
@@ -132,26 +135,35 @@ class ImageError(ValueError):
     """A file that is no image, or none that can be read to its end."""
 
 
-def open_image(path, transform=None):
-    """What transform makes of the image in a file, given before it is decoded; without one a PIL image in RGB.
+@contextmanager
+def reading(path):
+    """Inside, whatever goes wrong is an ImageError that names the file: readers raise all kinds of errors on damaged ones. Warnings are dropped."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about metadata, which nobody reads, and images of half the size allowed
+            yield
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ImageError(f"cannot read the image {path}: {reason}") from None
+
+
+def open_image(path, transform=to_rgb):
+    """What transform makes of the image in a file, given before it is decoded (by to_rgb); as it is a PIL image in RGB.
 
     The first image, if there are several; not turned as EXIF may say. Raises ImageError where there is none, it is
     damaged and its format can tell, has more pixels than Pillow allows (179 million), or a side 500 times the other:
     resized by its shorter side it would fill the memory.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about metadata, which nobody reads, and images of half the size allowed
-            with Image.open(path) as image:
-                if max(image.size) > 500 * min(image.size):
-                    raise ValueError(f"{image.width} x {image.height} pixels: crop it")
-                if image.format == "PNG":
-                    with Image.open(path) as again:
-                        again.verify()  # its checksums, which are not looked at otherwise
-                return transform(image) if transform else image.convert("RGB")
-    except Exception as error:  # the readers raise whatever a damaged file provokes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ImageError(f"cannot read the image {path}: {reason}") from None
+    with reading(path):
+        image = Image.open(path)
+    with image:
+        with reading(path):
+            if max(image.size) > 500 * min(image.size):
+                raise ValueError(f"{image.width} x {image.height} pixels: crop it")
+            if image.format == "PNG":
+                with Image.open(path) as again:
+                    again.verify()  # its checksums, which are not looked at otherwise
+        return transform(image)
 
 
 class ImageFolder(torch.utils.data.Dataset):
@@ -185,7 +197,7 @@ class ImageFolder(torch.utils.data.Dataset):
 
     def item(self, index, transform):
         path, label = self.samples[index]
-        return open_image(path, transform), label
+        return open_image(path, transform or to_rgb), label
 
 
 class FashionMNIST(torch.utils.data.Dataset):

@@ -865,7 +865,8 @@ def saved_image(path, how):
     exif = Image.Exif()
     exif.update({271: "camera", 282: 72.0})
     odd_image("RGB", (97, 61)).save(path, how, exif=exif)
-    return lambda: data.open_image(path).tobytes(), path.stat().st_size if how == "PNG" else 0
+    cropped = partial(data.train_transform(8), rng=random.Random(0))  # a JPEG is decoded at a part of its size
+    return lambda: (data.open_image(path).tobytes(), data.open_image(path, cropped).shape), path.stat().st_size if how == "PNG" else 0
 
 
 SAVED = {saved_weights: ["torch", "torch before 1.6", "npz", "safetensors"], saved_thresholds: ["json"], saved_image: ["JPEG", "PNG", "TIFF", "WEBP"]}
@@ -1064,6 +1065,11 @@ def test_damaged_fashion_mnist_is_named(tmp_path):
             data.FashionMNIST(tmp_path, "test")
     with pytest.raises(ValueError, match="cannot read .*train-images"):
         data.FashionMNIST(tmp_path, "train")
+
+
+def test_what_is_wrong_with_a_transform_is_not_blamed_on_the_image(tmp_path):
+    with pytest.raises(ZeroDivisionError):
+        data.ImageFolder(make_folder(tmp_path) / "val", lambda image: 1 / 0)[0]
 
 
 def test_train_transform_draws_from_seed_epoch_and_index_alone():
