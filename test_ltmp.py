@@ -1328,9 +1328,8 @@ def test_a_run_is_not_overwritten_in_silence(tmp_path, capsys):
 
 
 def test_landing_is_exact_and_refuses_what_cannot_be():
-    model = demo_model("ltmp")
-    images = data.subset(data.open_split(None, "train", data.eval_transform(28, 1.0, model.config.mean, model.config.std)), 16)
-    batch = torch.stack([images[i][0] for i in range(16)])
+    model, _ = random_model(3, "ltmp", image_size=14, depth=8)
+    batch = torch.randn(32, 3, 14, 14, generator=torch.Generator().manual_seed(0))
     scores, maskers = train.scores_of(model, batch), train.threshold_maskers(model)
 
     def land(ranks, target):
@@ -1339,12 +1338,12 @@ def test_landing_is_exact_and_refuses_what_cannot_be():
             assert flops.flops_ratio(model.eval()(batch)[1].double(), model.config).item() == pytest.approx(r, abs=1e-6)
         return r
 
-    for target in (1.0, 0.9, 0.5, 0.3, 0.08):
+    for target in (1.0, 0.9, 0.7, 0.5, 0.4, 0.3, 0.2, 0.15):
         ranks = [torch.zeros(1) for _ in maskers]
         assert land(ranks, target) == pytest.approx(target, abs=0.003)
         shares = {step: {rank.item() for (kind, _), rank in zip(maskers, ranks) if kind == step} for step in ("merge", "prune")}
         assert len(shares["merge"]) == 1  # every block merges the same share, and prunes where merging is not enough ...
-        assert shares["prune"] == ({0.0} if target > 0.1 else shares["merge"])
+        assert shares["prune"] == ({0.0} if target > 0.25 else shares["merge"])
         for (step, masker), rank in zip(maskers, ranks):  # ... of the scores that it met
             found = scores[masker]
             removed = (found > masker.threshold if step == "merge" else found <= masker.threshold).float().mean().item()
@@ -1353,8 +1352,8 @@ def test_landing_is_exact_and_refuses_what_cannot_be():
         ranks[3] += 0.2
         for other in (0.3, 0.6, 0.95):
             assert land(ranks, other) == pytest.approx(other, abs=0.003)
-    with pytest.raises(ValueError, match="out of reach: the lowest r is 0.0"):
-        land([torch.zeros(1) for _ in maskers], 0.01)
+    with pytest.raises(ValueError, match="out of reach: the lowest r is 0.101"):
+        land([torch.zeros(1) for _ in maskers], 0.09)
 
 
 def test_a_threshold_has_about_the_gradient_of_finite_differences():
