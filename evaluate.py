@@ -112,6 +112,8 @@ def processes():
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1
     if not dist.is_initialized():
+        import torch.distributed.nn  # noqa: F401  its default arguments keep the group that is there at its import, which torch.optim
+        # causes: destroy_process_group would leave gloo's threads running, and Python would crash, now and then, at its end
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size()

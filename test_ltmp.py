@@ -1291,7 +1291,7 @@ def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
 
 def torchrun(processes, script, *flags):
     """Run a script of the project under torchrun; what it wrote to stdout."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(Path(__file__).with_name(script)), *flags]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", str(Path(__file__).parent / script), *flags]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -1313,6 +1313,28 @@ def test_two_processes_learn_what_one_learns_with_twice_the_batch(tmp_path, reci
     log = [[line.split(",") for line in (tmp_path / name / "log.csv").read_text().splitlines()[1:]] for name in ("one", "two")]
     assert [len(lines) for lines in log] == [3, 3]
     assert [float(x) for x in log[1][0][1:]] == pytest.approx([float(x) for x in log[0][0][1:]], rel=1e-4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_no_thread_of_torchruns_processes_outlives_their_group(tmp_path):
+    (tmp_path / "end.py").write_text("""
+import atexit, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+
+def threads():
+    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    return [name for name in names if "gloo" in name]
+
+atexit.register(lambda: sys.stdout.write(f"at the end {threads()}\\n"))  # the first to be registered is the last to run
+import evaluate, torch
+evaluate.total(torch.ones(1))
+optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))])
+sys.stdout.write(f"before {len(threads())}\\n")
+""")
+    printed = torchrun(2, tmp_path / "end.py", str(Path(__file__).parent)).splitlines()
+    assert printed.count("at the end []") == 2
+    assert "before 0" not in printed and sum(line.startswith("before ") for line in printed) == 2
 
 
 def test_a_run_is_not_overwritten_in_silence(tmp_path, capsys):
