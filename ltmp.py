@@ -134,8 +134,11 @@ class ThresholdMasker(nn.Module):
     def forward(self, scores, mask):
         """scores (B, M) float32, inf or -inf where nothing is to be decided, mask (B, N) unused -> chosen (B, M) float32 of 0 and 1."""
         threshold = self.threshold.float()
+        hard = (scores > threshold).float()
+        if not torch.is_grad_enabled():
+            return hard
         soft = torch.sigmoid((scores - threshold) / self.tau)
-        return soft + ((scores > threshold).float() - soft).detach()
+        return soft + (hard - soft).detach()
 
 
 class FixedCountMasker(nn.Module):
@@ -191,9 +194,9 @@ def merge(x, key, size, mask, importance, masker):
         key = F.normalize(key.float(), dim=-1)
         similarity = key[:, 0::2] @ key[:, 1::2].transpose(1, 2)  # (B, Na, Nb)
     # Clamped, since rounding can lift a cosine above 1, and a threshold of 1 is to mean: never merge.
-    similarity = similarity.clamp(max=1).masked_fill(mask_b[:, None] == 0, -math.inf)
+    similarity = similarity.clamp(max=1).masked_fill(mask_b[:, None].logical_not(), -math.inf)
     similarity, partner = similarity.max(dim=2)  # (B, Na), (B, Na)
-    cannot_merge = mask_a == 0
+    cannot_merge = mask_a.logical_not()
     cannot_merge[:, 0] = True  # neither dead tokens nor the class token
     merged = masker(similarity.masked_fill(cannot_merge, -math.inf), mask)  # (B, Na) of 0 and 1
 
@@ -209,7 +212,7 @@ def merge(x, key, size, mask, importance, masker):
     target = partner[:, :, None].expand_as(x_a)
     x_b = (x_b * share_b[:, :, None]).scatter_add_(1, target, x_a * share_a[:, :, None]).to(x.dtype)  # (B, Nb, C)
     importance_b = importance_b.scatter_reduce(
-        1, partner, importance_a.masked_fill(merged.detach() == 0, 0), "amax")  # (B, Nb)
+        1, partner, importance_a.masked_fill(merged.logical_not(), 0), "amax")  # (B, Nb)
 
     return (torch.cat([x_a, x_b], 1), torch.cat([size_a, total], 1),
             torch.cat([mask_a, mask_b], 1), torch.cat([importance_a, importance_b], 1))
@@ -223,7 +226,7 @@ def prune(mask, importance, masker):
 
     mask, importance (B, N) -> mask (B, N).
     """
-    return mask * masker(importance.masked_fill(mask == 0, math.inf), mask)
+    return mask * masker(importance.masked_fill(mask.logical_not(), math.inf), mask)
 
 
 def live_first(mask, tensors, drop):
@@ -236,12 +239,14 @@ def live_first(mask, tensors, drop):
     if drop:
         order = order[:, : int(mask.sum(1).max())]  # (B, N'), N' the longest image
     rows = (order + mask.shape[1] * torch.arange(len(mask), device=mask.device)[:, None]).flatten()
-    move = lambda t: t.flatten(0, 1).index_select(0, rows).unflatten(0, order.shape)  # whole rows: faster than gather
-    return move(mask), [move(t) for t in tensors]
+    whole = lambda t: t.flatten(0, 1).index_select(0, rows).unflatten(0, order.shape)  # faster than gather, which moves single numbers
+    return mask.gather(1, order), [t.gather(1, order) if t.dim() == 2 else whole(t) for t in tensors]
 
 
 def live_rows(mask, drop):
     """mask (B, N) -> (live, dead, drop): which of the B N positions hold live tokens, and which dead ones. None if all are live."""
+    if drop and len(mask) == 1:
+        return None  # nothing to ask for: one image has been cut to its length
     dead = mask.flatten() == 0
     live = dead.numel() - int(dead.sum())
     if live == dead.numel():
@@ -296,7 +301,7 @@ def attend(q, k, v, size, mask):
     mean nothing. Not for autograd, which cannot follow what is done in place: see masked_attention.
     """
     logits = (q @ k.transpose(-2, -1)).float()  # (B, H, N, N)
-    bias = size.log().masked_fill(mask == 0, -math.inf)[:, None, None]  # (B, 1, 1, N)
+    bias = size.log().masked_fill(mask.logical_not(), -math.inf)[:, None, None]  # (B, 1, 1, N)
     torch.add(bias, logits, alpha=q.shape[-1] ** -0.5, out=logits)  # bias + logits / sqrt(D), in place: fresh memory is slow on a CPU
     attn = logits.softmax(-1)
     query_weight = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), for the mean
@@ -369,15 +374,16 @@ def masked_attention(q, k, v, size, mask):
     q, k, v (B, H, N, D), size, mask (B, N), live tokens first
     -> out (B, H, N, D), importance (B, N) float32; the dead rows of out mean nothing.
     """
+    B, H, N, D = q.shape
+    step = max(1, 2**20 // (H * N * N)) if q.device.type == "cpu" else B  # on a CPU as many images as have logits that fit into its cache
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, mask)):
         out, importance = MaskedAttention.apply(q, k, v, size, mask)
+    elif step >= B:
+        out, importance = attend(q, k, v, size, mask)[:2]
     else:
-        B, H, N, D = q.shape
         out, importance = q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size)
-        cpu = q.device.type == "cpu"
-        step = max(1, 2**20 // (H * N * N)) if cpu else B  # on a CPU as many images as have logits that fit into its cache
         for i in range(0, B, step):
-            n = int(mask[i : i + step].sum(1).max()) if cpu else N  # the longest of these; elsewhere asking would cost a wait
+            n = int(mask[i : i + step].sum(1).max())  # the longest of these
             part = (t[i : i + step, :, :n] for t in (q, k, v))
             out[i : i + step, :, :n], importance[i : i + step, :n] = attend(*part, size[i : i + step, :n], mask[i : i + step, :n])[:2]
     return out, torch.cat([torch.full_like(importance[:, :1], math.inf), importance[:, 1:]], 1)
