@@ -339,8 +339,8 @@ def load_checkpoint(args):
     if not path.is_file():
         raise ValueError(f"nothing to resume: no {path}; without --resume a run begins")
     saved = ltmp.read_file(path)
-    if not isinstance(saved, dict) or "settings" not in saved:
-        raise ValueError(f"{path} is no last.pt of train.py")
+    if not isinstance(saved, dict) or not {"model", "optimizer", "schedule", "scaler", "step", "overflows", "skipped", "ranks", "settings"} <= saved.keys():
+        raise ValueError(f"{path} is no last.pt of this version of train.py")
     for name, value in settings(args).items():
         if saved["settings"].get(name) != value:
             raise ValueError(f"{path} was made with {name} = {saved['settings'].get(name)}, not {value}: resume with the same settings")
