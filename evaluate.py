@@ -250,7 +250,8 @@ def make_loader(dataset, args, device, **options):
         innermost = innermost.dataset
     workers = args.workers
     if workers is None:
-        workers = 0 if isinstance(innermost, data.FashionMNIST) else min(8, os.cpu_count() or 1)
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # a scheduler may grant fewer than there are
+        workers = 0 if isinstance(innermost, data.FashionMNIST) else min(8, cores)
     context = "fork" if workers and sys.platform == "linux" else None  # those of a forkserver, Python 3.14's default, outlive a run that is killed
     return Loader(dataset, args.skip_bad_images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
                   multiprocessing_context=context, **options)

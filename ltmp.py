@@ -200,8 +200,8 @@ def merge(x, key, size, mask, importance, masker):
     cannot_merge[:, 0] = True  # neither dead tokens nor the class token
     merged = masker(similarity.masked_fill(cannot_merge, -math.inf), mask)  # (B, Na) of 0 and 1
 
-    # For r a token that merges is gone, for the accuracy it lives on in the mean: the whole gradient
-    # takes both ways. The paper's takes the first alone, and only for tokens that merged.
+    # That a token merges matters in two ways: its mask ends (r falls, later attention misses it), and it
+    # lives on in the mean. The whole gradient takes both; the paper's the mask alone, and only of tokens that merged.
     if masker.whole_gradient:
         gone, weight = merged, merged * size_a  # (B, Na)
     else:
@@ -318,8 +318,8 @@ class MaskedAttention(torch.autograd.Function):
         d attn_ij / d m_n = ratio_in ((n = j) - attn_ij)        ratio_in = s_n exp(q_i k_n) / sum_l m_l s_l exp(q_i k_l), at most 1
 
     Tokens must come live first, and nothing may depend on the outputs of dead ones but their own
-    next layers, so that their gradient is 0. Written out because autograd would keep and walk
-    through (B, H, N, N) several times more; here one is kept, and backward visits live rows alone.
+    next layers, so that their gradient is 0. Written out because autograd gives a logit of -inf no gradient,
+    and with a mask that multiplies would keep and walk through (B, H, N, N) several times more; here one is kept, and backward visits live rows alone.
     """
 
     # Log of the largest ratio. Brought back, a dead token takes ratio / (1 + ratio) of the attention, never more than all;
@@ -351,10 +351,10 @@ class MaskedAttention(torch.autograd.Function):
         right = torch.cat([v, d_importance[:, None, :, None].expand(-1, H, -1, -1), torch.ones_like(v[..., :1])], -1)  # (B, H, N, D + 2)
         d_attn = (left.to(q.dtype) @ right.to(q.dtype).transpose(-2, -1)).float()  # (B, H, n, N)
         d_logits = attn_live * d_attn[..., :n]  # (B, H, n, n)
-        d_live = d_logits.sum((1, 2))  # (B, n), of the logarithm of m s, the factor of a live token's column
+        d_live = d_logits.sum((1, 2))  # (B, n), d loss / d log(m_j s_j)
         d_mask = None
         if ctx.needs_input_grad[4]:
-            ratio = (q @ k[:, :, first:].transpose(-2, -1)).float()  # (B, H, n, N - first), for the dead, which are all there
+            ratio = (q @ k[:, :, first:].transpose(-2, -1)).float()  # (B, H, n, N - first): all the dead are there, and some of the living, set to 0 below
             torch.add(size[:, None, None, first:].log(), ratio, alpha=D**-0.5, out=ratio)
             ratio.sub_(log_sum[:, :, :n]).clamp_(max=MaskedAttention.LIMIT).exp_()
             d_mask = F.pad((ratio * d_attn[..., first:]).sum((1, 2)), (first, 0)).masked_fill_(mask > 0, 0)  # (B, N)
@@ -438,7 +438,7 @@ class LayerScale(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention; merge and prune as the method says; MLP on the survivors (paper: the LTMP module)."""
+    """Attention; merge and prune as the method says; MLP (paper: the LTMP module)."""
 
     def __init__(self, config, method, tau, r):
         super().__init__()

@@ -110,7 +110,7 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
     """Train for --epochs over train_set what make_optimizer chose. Writes log.csv; and last.pt at the start, every minute and at the end.
 
     saved: a checkpoint to go on from. scores, ranks: as for set_ranks; if given, the ranks are what
-    learns. They are changed in place. Returns what is wrong with the images that were left out, a set.
+    learns, and are changed in place. Returns what is wrong with the images that were left out, a set.
     """
     me, processes = evaluate.processes()
     batch_size = args.batch_size * processes  # of all together
@@ -137,7 +137,7 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
                   | {"step": step, "overflows": overflows, "skipped": sorted(skipped), "ranks": [rank.item() for rank in ranks or []],
                      "settings": settings(args)})
 
-    interrupted = []  # Ctrl-C ends the step that runs, saves, and stops; a second one stops at once
+    interrupted = []  # Ctrl-C ends the step that runs, or the next, saves, and stops; a second one stops at once
     previous = {number: signal.signal(number, lambda number, _: interrupted.append(signal.signal(number, previous[number])))
                 for number in (signal.SIGINT, signal.SIGTERM)}
     model.train()
@@ -180,7 +180,8 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             add_up([p.grad for p in model.parameters() if p.grad is not None])
-            for rank, (kind, masker) in zip(ranks or [], thresholds):  # a higher rank: less similar ones merge, more important ones go
+            # A higher rank: less similar ones merge, more important ones go. The factor |d threshold / d rank| is left to Adam, which takes scales out.
+            for rank, (kind, masker) in zip(ranks or [], thresholds):
                 rank.grad = -masker.threshold.grad if kind == "merge" else masker.threshold.grad.clone()
                 masker.threshold.grad = None
             scaler.unscale_(optimizer)
@@ -211,9 +212,13 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
                 saved_at = time.time()
             if stopped:
                 evaluate.stop(f"stopped after step {step} of {total_steps}; the same command with --resume goes on from there", 130)
+    save()
+    if evaluate.total(torch.tensor(len(interrupted))).item():  # in the last step
+        evaluate.stop(f"stopped after step {step} of {total_steps}; the same command with --resume goes on from there", 130)
     for number, handler in previous.items():
         signal.signal(number, handler)
-    save()
+    if hook:
+        hook.remove()
     if overflows:
         evaluate.say(f"{overflows} of {total_steps} steps made no update: their gradients overflowed float16")
     return skipped
@@ -264,10 +269,11 @@ def measured_r(model, batches):
 
 
 def set_ranks(model, scores, ranks):
-    """Put each threshold where it removes a share of the scores that it meets: its rank, from 0 (off) to 1 (all).
+    """Put each threshold where a share of its scores is removed: its rank, from 0 (off) to 1 (all; of similarities those above 0).
 
     Ranks know no scale: a step of 0.001 is one token in a thousand, for importances of 1/197 as for
-    similarities of 0.99. scores: from scores_of; ranks: a tensor (1,) for each of threshold_maskers.
+    similarities of 0.99. A rank is a share of the scores of tokens that nothing has been removed from;
+    of what earlier blocks leave it may be another. scores: from scores_of; ranks: a tensor (1,) for each of threshold_maskers.
     """
     for (step, masker), rank in zip(threshold_maskers(model), ranks):
         found, rank = scores[masker], min(rank.item(), 1.0)
@@ -284,7 +290,8 @@ class OutOfReach(ValueError):
 def land(model, batches, scores, ranks, target, tolerance=0.002):
     """Lower or raise all ranks by the same amount until r, tokens really dropped, is the target. Returns r.
 
-    Those of merge thresholds alone, if there are any and that is enough: who merges loses less than who is pruned.
+    Those of merge thresholds alone, if there are any and that is enough: who merges loses less than who is pruned, and
+    the prune thresholds stay as learned. Where r jumps over the target, since equal scores go together, it ends beside the jump.
     batches: images (B, 3, S, S); scores, ranks: as for set_ranks; the ranks are changed in place.
     Raises OutOfReach, a ValueError, where even removing all that may go leaves a larger r.
     """
@@ -304,7 +311,7 @@ def land(model, batches, scores, ranks, target, tolerance=0.002):
 
 
 def find(f, target, tolerance):
-    """Look for the t from -1 to 1 at which f, which grows with t, is the target. Returns f(t), called last; None where it does not get there."""
+    """Look for the t from -1 to 1 at which f, which grows with t, is the target, or jumps over it. Returns f(t), called last; None where f does not get there."""
     last, t = (0.0, f(0.0)), 0.02
     sign = 1 if last[1] < target else -1
     while abs(last[1] - target) > tolerance:  # step by step until the target is passed
