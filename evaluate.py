@@ -625,22 +625,42 @@ def draw_overview(model, loader, classes, args, device, name):
 
 
 # ---------------------------------------------------------------------------------------------
-# Speed
+# Thresholds by the share that they remove
+
+
+def set_rank(step, masker, scores, rank):
+    """Put a threshold where "merge" or "prune" removes a share of its scores (see set_shares): its rank, from 0 (off) to 1 (all; of similarities those above 0)."""
+    place = (1 - rank if step == "merge" else rank) * (len(scores) - 1)  # the most similar merge, the least important go
+    masker.threshold.data.copy_(torch.lerp(scores[math.floor(place)], scores[math.ceil(place)], place % 1)).clamp_(0, 1)
 
 
 @torch.no_grad()
-def set_shares(model, images, share):
-    """Set each threshold, block after block, where it merges or prunes `share` of what it meets on images (B, 3, S, S)."""
-    def place(step, masker, inputs):
-        scores = inputs[0][inputs[0].isfinite()]
-        if len(scores):
-            masker.threshold.fill_(scores.quantile(1 - share if step == "merge" else share))
+def set_shares(model, images, shares):
+    """Set each threshold, block after block, where it removes a share of what the blocks before leave of images (B, 3, S, S).
 
-    hooks = [getattr(block, f"{step}_masker").register_forward_pre_hook(partial(place, step))
-             for block in model.blocks for step in ltmp.METHODS[model.method]]
+    shares: {"merge": share, "prune": share}, from 0 to 1. Returns the scores that each met: masker -> sorted (n,), with
+    the threshold that is off at their end, 1 for merge, 0 for prune, so that rank 0 is off.
+    """
+    scores, hooks = {}, []
+
+    def place(step, masker, inputs):
+        found = inputs[0][inputs[0].isfinite()]
+        scores[masker] = torch.cat([found, found.new_tensor([float(step == "merge")])]).sort().values
+        set_rank(step, masker, scores[masker], shares[step])
+
+    for block in model.blocks:
+        for step in ltmp.METHODS[model.method]:
+            masker = getattr(block, f"{step}_masker")
+            place(step, masker, [masker.threshold.new_empty(0)])  # for one that is never asked
+            hooks.append(masker.register_forward_pre_hook(partial(place, step)))
     model.eval()(images)
     for hook in hooks:
         hook.remove()
+    return scores
+
+
+# ---------------------------------------------------------------------------------------------
+# Speed
 
 
 def timed(run, device):
@@ -705,7 +725,7 @@ def benchmark(model, dataset, args, device):
             return net(images)
 
     if args.share:
-        set_shares(model, first(min(32, len(dataset))), args.share)
+        set_shares(model, first(min(32, len(dataset))), {"merge": args.share, "prune": args.share})
     for count in args.batch_sizes:
         images = first(count)
         r = flops_ratio(infer(model.eval(), images)[1].cpu().double(), model.config).item()

@@ -109,7 +109,7 @@ def drop_patches(share, block, inputs):
 def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
     """Train for --epochs over train_set what make_optimizer chose. Writes log.csv; and last.pt at the start, every minute and at the end.
 
-    saved: a checkpoint to go on from. scores, ranks: as for set_ranks; if given, the ranks are what
+    saved: a checkpoint to go on from. scores, ranks: from start; if given, the ranks are what
     learns, and are changed in place. Returns what is wrong with the images that were left out, a set.
     """
     me, processes = evaluate.processes()
@@ -245,23 +245,6 @@ def threshold_maskers(model):
 
 
 @torch.no_grad()
-def scores_of(model, images):
-    """The scores that each threshold meets on images (B, 3, S, S) while nothing is removed: masker -> sorted (n,)."""
-    scores, hooks = {}, []
-
-    def record(masker, inputs, output):
-        scores[masker] = inputs[0][inputs[0].isfinite()].sort().values
-
-    for step, masker in threshold_maskers(model):
-        masker.threshold.fill_(1.0 if step == "merge" else 0.0)
-        hooks.append(masker.register_forward_hook(record))
-    model.eval()(images)
-    for hook in hooks:
-        hook.remove()
-    return scores
-
-
-@torch.no_grad()
 def measured_r(model, batches):
     """r over batches of images (B, 3, S, S), tokens really dropped."""
     flops = torch.cat([model_flops(model.config, model(images)[1].cpu().double()) for images in batches])  # (images,)
@@ -269,43 +252,65 @@ def measured_r(model, batches):
 
 
 def set_ranks(model, scores, ranks):
-    """Put each threshold where a share of its scores is removed: its rank, from 0 (off) to 1 (all; of similarities those above 0).
+    """Put each threshold where it removes a share of its scores: its rank.
 
     Ranks know no scale: a step of 0.001 is one token in a thousand, for importances of 1/197 as for
-    similarities of 0.99. A rank is a share of the scores of tokens that nothing has been removed from;
-    of what earlier blocks leave it may be another. scores: from scores_of; ranks: a tensor (1,) for each of threshold_maskers.
+    similarities of 0.99. scores, ranks: from start.
     """
     for (step, masker), rank in zip(threshold_maskers(model), ranks):
-        found, rank = scores[masker], min(rank.item(), 1.0)
-        place = (1 - rank if step == "merge" else rank) * (len(found) - 1)  # the most similar merge, the least important go
-        value = torch.lerp(found[math.floor(place)], found[math.ceil(place)], place % 1) if rank > 0 else float(step == "merge")
-        masker.threshold.data.fill_(value).clamp_(0, 1)
+        evaluate.set_rank(step, masker, scores[masker], min(rank.item(), 1.0))
 
 
 class OutOfReach(ValueError):
     """No thresholds give the target."""
 
 
-@torch.no_grad()
-def land(model, batches, scores, ranks, target, tolerance=0.002):
-    """Lower or raise all ranks by the same amount until r, tokens really dropped, is the target. Returns r.
+def start(model, batches, target):
+    """Where learning starts: in all blocks merging removes the same share of what it meets, that which makes r the target.
 
-    Those of merge thresholds alone, if there are any and that is enough: who merges loses less than who is pruned, and
-    the prune thresholds stay as learned. Where r jumps over the target, since equal scores go together, it ends beside the jump.
-    batches: images (B, 3, S, S); scores, ranks: as for set_ranks; the ranks are changed in place.
-    Raises OutOfReach, a ValueError, where even removing all that may go leaves a larger r.
+    Pruning removes it too where there is no merging, or not enough. batches: images (B, 3, S, S); shares are those of the first.
+    Returns r; the scores that each threshold met, masker -> sorted (n,); and the shares as ranks of these scores, a list of (1,).
+    """
+    scores, ranks = {}, []
+
+    def place(moving, t):
+        shares = {step: max(-t, 0.0) if step in moving else 0.0 for step in ("merge", "prune")}
+        scores.update(evaluate.set_shares(model, batches[0], shares))
+        ranks[:] = [torch.full_like(masker.threshold.data, shares[step]) for step, masker in threshold_maskers(model)]
+
+    return reach(model, batches, place, target, 0.01), scores, ranks
+
+
+def land(model, batches, scores, ranks, target):
+    """Where learning ends: lower or raise all ranks by the same amount, which makes r the target. Returns r.
+
+    Those of merge thresholds alone, where that is enough, so that the prune thresholds stay as learned.
+    batches: images (B, 3, S, S); scores, ranks: from start; the ranks are changed in place.
     """
     steps, before = [step for step, _ in threshold_maskers(model)], [rank.clone() for rank in ranks]
 
-    def r_at(moving, t):  # more t, more tokens
+    def place(moving, t):
         for step, rank, old in zip(steps, ranks, before):
             rank.copy_((old - t).clamp(0, 1) if step in moving else old)
         set_ranks(model, scores, ranks)
+
+    return reach(model, batches, place, target, 0.002)
+
+
+@torch.no_grad()
+def reach(model, batches, place, target, tolerance):
+    """Find the t for which place({"merge"}, t), if need be place({"merge", "prune"}, t), gives r = target. Returns r.
+
+    More t, more tokens. Where r jumps over the target, since equal scores go together, it ends beside the jump.
+    Raises OutOfReach, a ValueError, where even removing all that may go leaves a larger r.
+    """
+    def r_at(moving, t):
+        place(moving, t)
         return measured_r(model, batches)
 
     model.eval()
     for moving in ({"merge"}, {"merge", "prune"}):
-        if moving & set(steps) and (r := find(partial(r_at, moving), target, tolerance)) is not None:
+        if moving & set(ltmp.METHODS[model.method]) and (r := find(partial(r_at, moving), target, tolerance)) is not None:
             return r
     raise OutOfReach(f"the target {target:g} is out of reach: the lowest r is {r_at(moving, -1):.3f}")
 
@@ -414,10 +419,8 @@ def main(argv=None):
             if not batches:
                 evaluate.stop(f"none of {len(plain)} training images could be read")
             with evaluate.amp_context(device, args.amp):
-                scores = scores_of(model, batches[0])
-                ranks = [torch.zeros_like(masker.threshold) for masker in scores]
-                if not saved:
-                    evaluate.say(f"start: r = {land(model, batches[:2], scores, ranks, args.target, 0.01):.3f}")
+                r, scores, ranks = start(model, batches[:2], args.target)
+                evaluate.say(f"start: r = {r:.3f}")
             for masker, found in scores.items():
                 masker.whole_gradient = True
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
