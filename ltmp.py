@@ -245,8 +245,6 @@ def live_first(mask, tensors, drop):
 
 def live_rows(mask, drop):
     """mask (B, N) -> (live, dead, drop): which of the B N positions hold live tokens, and which dead ones. None if all are live."""
-    if drop and len(mask) == 1:
-        return None  # nothing to ask for: one image has been cut to its length
     dead = mask.flatten() == 0
     live = dead.numel() - int(dead.sum())
     if live == dead.numel():
@@ -368,24 +366,30 @@ class MaskedAttention(torch.autograd.Function):
         return *(F.pad(d, (0, 0, 0, N - n)) for d in (d_q, d_k, d_v)), F.pad(d_live / size[:, :n], (0, N - n)), d_mask
 
 
+def attend_in_parts(q, k, v, size, mask):
+    """attend without a gradient: on a CPU for as many images at once as have logits that fit into its cache, each part cut to its longest image."""
+    B, H, N, D = q.shape
+    step = max(1, 2**20 // (H * N * N)) if q.device.type == "cpu" else B
+    if step >= B:
+        return attend(q, k, v, size, mask)[:2]
+    out, importance = q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size)
+    for i in range(0, B, step):
+        n = int(mask[i : i + step].sum(1).max())
+        part = (t[i : i + step, :, :n] for t in (q, k, v))
+        out[i : i + step, :, :n], importance[i : i + step, :n] = attend(*part, size[i : i + step, :n], mask[i : i + step, :n])[:2]
+    return out, importance
+
+
 def masked_attention(q, k, v, size, mask):
     """attend, with a gradient if one is wanted. The class token's importance is inf: it is never pruned.
 
     q, k, v (B, H, N, D), size, mask (B, N), live tokens first
     -> out (B, H, N, D), importance (B, N) float32; the dead rows of out mean nothing.
     """
-    B, H, N, D = q.shape
-    step = max(1, 2**20 // (H * N * N)) if q.device.type == "cpu" else B  # on a CPU as many images as have logits that fit into its cache
     if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, mask)):
         out, importance = MaskedAttention.apply(q, k, v, size, mask)
-    elif step >= B:
-        out, importance = attend(q, k, v, size, mask)[:2]
     else:
-        out, importance = q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size)
-        for i in range(0, B, step):
-            n = int(mask[i : i + step].sum(1).max())  # the longest of these
-            part = (t[i : i + step, :, :n] for t in (q, k, v))
-            out[i : i + step, :, :n], importance[i : i + step, :n] = attend(*part, size[i : i + step, :n], mask[i : i + step, :n])[:2]
+        out, importance = attend_in_parts(q, k, v, size, mask)
     return out, torch.cat([torch.full_like(importance[:, :1], math.inf), importance[:, 1:]], 1)
 
 

@@ -1305,7 +1305,7 @@ def test_ctrl_c_in_the_last_step_stops_too(tiny, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
 def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
-    train.main(["--limit-train", "96", "--limit-val", "200", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
+    train.main(["--limit-train", "160", "--limit-val", "200", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
     metrics, found = read(tmp_path / "metrics.json"), read(tmp_path / "thresholds.json")
     assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.03)  # 200 images; on all of them it is closer
     assert {key for key in found if key.endswith("_thresholds")} == {f"{step}_thresholds" for step in METHODS[method]}
@@ -1359,8 +1359,8 @@ sys.stdout.write(f"before {len(threads())}\\n")
     assert "before 0" not in printed and sum(line.startswith("before ") for line in printed) == 2
 
 
-def test_a_run_is_not_overwritten_in_silence(tmp_path, capsys):
-    flags = ["--limit-train", "32", "--limit-val", "10", "--method", "ltm", "--out", str(tmp_path)]
+def test_a_run_is_not_overwritten_in_silence(tiny, tmp_path, capsys):
+    flags = [*TINY_RUN, "--out", str(tmp_path)]
     train.main(flags)
     before = (tmp_path / "thresholds.json").read_bytes()
     with pytest.raises(SystemExit) as stopped:
@@ -1395,7 +1395,7 @@ def test_landing_is_exact_and_refuses_what_cannot_be():
             asked = min(rank.item(), (found > 0).float().mean().item()) if step == "merge" else rank.item()  # thresholds end at 0
             assert removed - ties - 2 / len(found) <= asked <= removed + ties + 2 / len(found)
         ranks[3] += 0.2
-        for other in (0.3, 0.6, 0.95):
+        for other in (target, 0.3, 0.6, 0.95):
             r = train.land(model, [batch], scores, ranks, other)
             assert measured() == pytest.approx(r, abs=1e-6) and r == pytest.approx(other, abs=0.003)
     with pytest.raises(ValueError, match="out of reach: the lowest r is 0.101"):
