@@ -193,8 +193,8 @@ def merge(x, key, size, mask, importance, masker):
     with torch.autocast(x.device.type, enabled=False):  # float32, as in attend
         key = F.normalize(key.float(), dim=-1)
         similarity = key[:, 0::2] @ key[:, 1::2].transpose(1, 2)  # (B, Na, Nb)
-    # Clamped, since rounding can lift a cosine above 1, and a threshold of 1 is to mean: never merge.
-    similarity = similarity.clamp(max=1).masked_fill(mask_b[:, None].logical_not(), -math.inf)
+    # At most 1, since rounding can lift a cosine above it, and a threshold of 1 is to mean: never merge. At most -inf with the dead.
+    similarity = similarity.clamp(max=torch.ones_like(mask_b).masked_fill(mask_b.logical_not(), -math.inf)[:, None])
     similarity, partner = similarity.max(dim=2)  # (B, Na), (B, Na)
     cannot_merge = mask_a.logical_not()
     cannot_merge[:, 0] = True  # neither dead tokens nor the class token
@@ -209,8 +209,8 @@ def merge(x, key, size, mask, importance, masker):
     mask_a = mask_a * (1 - gone)
     total = size_b.scatter_add(1, partner, weight)  # (B, Nb); size_a stays: who merged is dead
     share_a, share_b = weight / total.gather(1, partner), size_b / total  # (B, Na), (B, Nb)
-    target = partner[:, :, None].expand_as(x_a)
-    x_b = (x_b * share_b[:, :, None]).scatter_add_(1, target, x_a * share_a[:, :, None]).to(x.dtype)  # (B, Nb, C)
+    target = flat_index(partner, x_b.shape[1])[:, None].expand(-1, x.shape[2])  # (B Na, C); along dimension 0 torch adds whole rows, ten times as fast
+    x_b = (x_b * share_b[:, :, None]).flatten(0, 1).scatter_add_(0, target, (x_a * share_a[:, :, None]).flatten(0, 1)).view_as(x_b).to(x.dtype)
     importance_b = importance_b.scatter_reduce(
         1, partner, importance_a.masked_fill(merged.logical_not(), 0), "amax")  # (B, Nb)
 
@@ -238,9 +238,14 @@ def live_first(mask, tensors, drop):
     order = mask.argsort(dim=1, descending=True, stable=True)  # (B, N)
     if drop:
         order = order[:, : int(mask.sum(1).max())]  # (B, N'), N' the longest image
-    rows = (order + mask.shape[1] * torch.arange(len(mask), device=mask.device)[:, None]).flatten()
+    rows = flat_index(order, mask.shape[1])
     whole = lambda t: t.flatten(0, 1).index_select(0, rows).unflatten(0, order.shape)  # faster than gather, which moves single numbers
     return mask.gather(1, order), [t.gather(1, order) if t.dim() == 2 else whole(t) for t in tensors]
+
+
+def flat_index(index, n):
+    """index (B, M) of tokens within images of n tokens -> (B M,) of the same in all images, one after the other."""
+    return (index + n * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def live_rows(mask, drop):
@@ -286,7 +291,7 @@ class PatchEmbed(nn.Module):
 
 
 def attend(q, k, v, size, mask):
-    """Proportional attention (ToMe, arXiv 2210.09461) over the live tokens, and the importance of each token (paper).
+    """Proportional attention (ToMe, arXiv 2210.09461) to the live tokens, and the importance of each token (paper).
 
         attn_ij = m_j s_j exp(q_i k_j) / sum_n m_n s_n exp(q_i k_n)        m: mask, s: size, q k over sqrt(D)
         importance_j = mean over heads and over live queries i of attn_ij
@@ -294,30 +299,61 @@ def attend(q, k, v, size, mask):
     A token that stands for s patches is attended to s times: log s joins the logits. Only live
     queries count for importance, because when tokens are really dropped there are no others.
 
-    q, k, v (B, H, N, D), size, mask (B, N)
-    -> out (B, H, N, D), importance (B, N) float32, logits, attn (B, H, N, N) float32. The dead rows of out
-    mean nothing. Not for autograd, which cannot follow what is done in place: see masked_attention.
+    q (B, H, M, D), k, v (B, H, N, D), size, mask (B, N); the first N of the M >= N queries are the same tokens as the keys, the others are dead
+    -> out (B, H, M, D), importance (B, N) float32, logits, attn (B, H, M, N) float32. Not for
+    autograd, which cannot follow what is done in place: see MaskedAttention.
     """
-    logits = (q @ k.transpose(-2, -1)).float()  # (B, H, N, N)
+    logits = (q @ k.transpose(-2, -1)).float()  # (B, H, M, N)
     bias = size.log().masked_fill(mask.logical_not(), -math.inf)[:, None, None]  # (B, 1, 1, N)
     torch.add(bias, logits, alpha=q.shape[-1] ** -0.5, out=logits)  # bias + logits / sqrt(D), in place: fresh memory is slow on a CPU
     attn = logits.softmax(-1)
     query_weight = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), for the mean
     with torch.autocast(q.device.type, enabled=False):  # scores stay float32 under AMP
-        importance = (query_weight @ attn).sum((1, 2))  # (B, N)
+        importance = (query_weight @ attn[:, :, : k.shape[2]]).sum((1, 2))  # (B, N)
     return attn.to(v.dtype) @ v, importance, logits, attn
 
 
-class MaskedAttention(torch.autograd.Function):
-    """attend with a gradient, that of the mask included.
+def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, first):
+    """The gradient of attend, that of the mask included.
 
     The mask is a factor, so that it has a gradient also where it is 0: what a dead token would add.
 
         d attn_ij / d m_n = ratio_in ((n = j) - attn_ij)        ratio_in = s_n exp(q_i k_n) / sum_l m_l s_l exp(q_i k_l), at most 1
 
-    Tokens must come live first, and nothing may depend on the outputs of dead ones but their own
-    next layers, so that their gradient is 0. Written out because autograd gives a logit of -inf no gradient,
-    and with a mask that multiplies would keep and walk through (B, H, N, N) several times more; here one is kept, and backward visits live rows alone.
+    q, k, v (B, H, M, D), size, mask (B, M), d_importance (B, M), d_out (B, H, M, D), 0 for the dead; attn (B, H, M, N),
+    of the first N tokens, behind which all are dead as before `first` all are alive; log_sum (B, H, M, 1) with attn = exp(logits - log_sum)
+    -> d_q, d_k, d_v (B, H, N, D), d_size (B, N), d_mask (B, M), of tokens without a gradient nothing.
+    """
+    H, D, N = q.shape[1], q.shape[3], attn.shape[3]
+    count = mask.sum(1, keepdim=True)  # (B, 1)
+    seen = attn @ d_importance[:, None, :N, None]  # (B, H, M, 1), sum over j of attn_ij d_importance_j
+    q, d_out, attn = q[:, :, :N], d_out[:, :, :N], attn[:, :, :N]  # live queries
+    # d loss / d attn_ij = d_out_i v_j + query_weight_i d_importance_j, of which softmax takes off the row's mean: one product of D + 2 columns
+    query_weight = (mask / count)[:, None, :N, None] / H  # (B, 1, N, 1)
+    row_mean = (d_out * (attn.to(v.dtype) @ v[:, :, :N])).sum(-1, keepdim=True) + query_weight * seen[:, :, :N]  # (B, H, N, 1)
+    left = torch.cat([d_out, query_weight.expand_as(row_mean), -row_mean], -1)  # (B, H, N, D + 2)
+    right = torch.cat([v, d_importance[:, None, :, None].expand(-1, H, -1, -1), torch.ones_like(v[..., :1])], -1)  # (B, H, M, D + 2)
+    d_attn = (left.to(q.dtype) @ right.to(q.dtype).transpose(-2, -1)).float()  # (B, H, N, M)
+    d_logits = attn * d_attn[..., :N]  # (B, H, N, N)
+    d_live = d_logits.sum((1, 2))  # (B, N), d loss / d log(m_j s_j)
+    ratio = (q @ k[:, :, first:].transpose(-2, -1)).float()  # (B, H, N, M - first): all the dead are there, and some of the living, set to 0 below
+    torch.add(size[:, None, None, first:].log(), ratio, alpha=D**-0.5, out=ratio)
+    ratio.sub_(log_sum[:, :, :N]).clamp_(max=MaskedAttention.LIMIT).exp_()
+    d_mask = F.pad((ratio * d_attn[..., first:]).sum((1, 2)), (first, 0)).masked_fill_(mask > 0, 0)  # (B, M)
+    d_mask[:, :N] += d_live  # for the live, whose ratio is attn
+    # importance_j = sum_i m_i attn_ij / sum_i m_i: m_i is a query's weight too (mean over heads)
+    d_queries = seen.mean((1, 3))  # (B, M)
+    d_mask += (d_queries - (mask * d_queries).sum(1, keepdim=True) / count) / count
+    d_logits = (d_logits * D**-0.5).to(q.dtype)
+    d_v = attn.to(d_out.dtype).transpose(-2, -1) @ d_out
+    return d_logits @ k[:, :, :N], d_logits.transpose(-2, -1) @ q, d_v, d_live / size[:, :N], d_mask
+
+
+class MaskedAttention(torch.autograd.Function):
+    """attend, with its gradient. Tokens must come live first, and nothing may depend on the outputs of dead ones but their own next layers.
+
+    Written out because autograd gives a logit of -inf no gradient, and with a mask that multiplies would keep
+    and walk through (B, H, N, N) several times more; here one is kept, for live keys alone, and backward visits live queries alone.
     """
 
     # Log of the largest ratio. Brought back, a dead token takes ratio / (1 + ratio) of the attention, never more than all;
@@ -326,58 +362,35 @@ class MaskedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, size, mask):
-        """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32."""
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out, importance, logits, attn = attend(q, k, v, size, mask)
-        log_sum = logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()  # (B, H, N, 1), of exp(logits): attn = exp(logits - log_sum)
-        ctx.save_for_backward(q, k, v, size, mask, attn, log_sum)
+        """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32, both 0 for the dead, but out not where a gradient is wanted."""
+        B, H, N, D = q.shape
+        out, importance = q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size)
+        ctx.parts, kept = parts_of(mask), []
+        training = any(ctx.needs_input_grad)
+        for images, _, n in ctx.parts:
+            queries = N if training else n
+            found, score, logits, attn = attend(q[images, :, :queries], k[images, :, :n], v[images, :, :n], size[images, :n], mask[images, :n])
+            if len(found) == B and n == N:  # all there is: nothing to put together
+                out, importance = found, score
+            else:
+                out[images, :, :queries], importance[images, :n] = found, score
+            if training:
+                kept += [attn, logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()]
+        ctx.save_for_backward(q, k, v, size, mask, *kept)
         return out, importance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_importance):
-        q, k, v, size, mask, attn, log_sum = ctx.saved_tensors
-        B, H, N, D = q.shape
-        count = mask.sum(1, keepdim=True)  # (B, 1)
-        first, n = int(count.min()), int(count.max())  # before first all tokens are live, from n on all are dead
-        seen = attn[..., :n] @ d_importance[:, None, :n, None]  # (B, H, N, 1), sum over j of attn_ij d_importance_j
-        q, d_out, attn_live = q[:, :, :n], d_out[:, :, :n], attn[:, :, :n, :n]
-        # d loss / d attn_ij = d_out_i v_j + query_weight_i d_importance_j, of which softmax takes off the row's mean: one product of D + 2 columns
-        query_weight = (mask / count)[:, None, :n, None] / H  # (B, 1, n, 1)
-        row_mean = (d_out * (attn_live.to(v.dtype) @ v[:, :, :n])).sum(-1, keepdim=True) + query_weight * seen[:, :, :n]  # (B, H, n, 1)
-        left = torch.cat([d_out, query_weight.expand_as(row_mean), -row_mean], -1)  # (B, H, n, D + 2)
-        right = torch.cat([v, d_importance[:, None, :, None].expand(-1, H, -1, -1), torch.ones_like(v[..., :1])], -1)  # (B, H, N, D + 2)
-        d_attn = (left.to(q.dtype) @ right.to(q.dtype).transpose(-2, -1)).float()  # (B, H, n, N)
-        d_logits = attn_live * d_attn[..., :n]  # (B, H, n, n)
-        d_live = d_logits.sum((1, 2))  # (B, n), d loss / d log(m_j s_j)
-        d_mask = None
-        if ctx.needs_input_grad[4]:
-            ratio = (q @ k[:, :, first:].transpose(-2, -1)).float()  # (B, H, n, N - first): all the dead are there, and some of the living, set to 0 below
-            torch.add(size[:, None, None, first:].log(), ratio, alpha=D**-0.5, out=ratio)
-            ratio.sub_(log_sum[:, :, :n]).clamp_(max=MaskedAttention.LIMIT).exp_()
-            d_mask = F.pad((ratio * d_attn[..., first:]).sum((1, 2)), (first, 0)).masked_fill_(mask > 0, 0)  # (B, N)
-            d_mask[:, :n] += d_live  # for the live, whose ratio is attn
-            # importance_j = sum_i m_i attn_ij / sum_i m_i: m_i is a query's weight too (mean over heads)
-            d_queries = seen.mean((1, 3))  # (B, N)
-            d_mask += (d_queries - (mask * d_queries).sum(1, keepdim=True) / count) / count
-        d_logits = (d_logits * D**-0.5).to(q.dtype)
-        d_v = attn_live.to(d_out.dtype).transpose(-2, -1) @ d_out
-        d_k, d_q = d_logits.transpose(-2, -1) @ q, d_logits @ k[:, :, :n]
-        return *(F.pad(d, (0, 0, 0, N - n)) for d in (d_q, d_k, d_v)), F.pad(d_live / size[:, :n], (0, N - n)), d_mask
-
-
-def attend_in_parts(q, k, v, size, mask):
-    """attend without a gradient: on a CPU for as many images at once as have logits that fit into its cache, each part cut to its longest image."""
-    B, H, N, D = q.shape
-    step = max(1, 2**20 // (H * N * N)) if q.device.type == "cpu" else B
-    if step >= B:
-        return attend(q, k, v, size, mask)[:2]
-    out, importance = q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size)
-    for i in range(0, B, step):
-        n = int(mask[i : i + step].sum(1).max())
-        part = (t[i : i + step, :, :n] for t in (q, k, v))
-        out[i : i + step, :, :n], importance[i : i + step, :n] = attend(*part, size[i : i + step, :n], mask[i : i + step, :n])[:2]
-    return out, importance
+        q, k, v, size, mask, *kept = ctx.saved_tensors
+        inputs = (q, k, v, size, mask)
+        grads = [torch.zeros_like(t) for t in inputs]
+        for (images, first, n), attn, log_sum in zip(ctx.parts, kept[::2], kept[1::2]):
+            found = attend_backward(*(t[images] for t in inputs), attn, log_sum, d_out[images], d_importance[images], first)
+            for grad, part in zip(grads[:3], found):
+                grad[images, :, :n] = part
+            grads[3][images, :n], grads[4][images] = found[3:]
+        return tuple(grads)
 
 
 def masked_attention(q, k, v, size, mask):
@@ -386,11 +399,19 @@ def masked_attention(q, k, v, size, mask):
     q, k, v (B, H, N, D), size, mask (B, N), live tokens first
     -> out (B, H, N, D), importance (B, N) float32; the dead rows of out mean nothing.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k, v, mask)):
-        out, importance = MaskedAttention.apply(q, k, v, size, mask)
-    else:
-        out, importance = attend_in_parts(q, k, v, size, mask)
+    out, importance = MaskedAttention.apply(q, k, v, size, mask)
     return out, torch.cat([torch.full_like(importance[:, :1], math.inf), importance[:, 1:]], 1)
+
+
+def parts_of(mask):
+    """What attention takes at once: [(images, live tokens of the shortest, and of the longest)].
+
+    On a CPU each image alone, so that its logits fit into the cache and it waits for no longer one; elsewhere all.
+    """
+    count = mask.sum(1).int()
+    if mask.device.type == "cpu":
+        return [(slice(i, i + 1), n, n) for i, n in enumerate(count.tolist())]
+    return [(slice(0, len(mask)), int(count.min()), int(count.max()))]
 
 
 class Attention(nn.Module):
