@@ -313,6 +313,11 @@ def attend(q, k, v, size, mask):
     return attn.to(v.dtype) @ v, importance, logits, attn
 
 
+# Of a dead token to the living, in attend_backward. Brought back, it takes ratio / (1 + ratio) of the attention, never more than all;
+# the derivative at 0 is ratio, which has no bound. Without a cut it drowns everything else in early blocks.
+MAX_RATIO = 1.0
+
+
 def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, first):
     """The gradient of attend, that of the mask included.
 
@@ -338,7 +343,7 @@ def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, fir
     d_live = d_logits.sum((1, 2))  # (B, N), d loss / d log(m_j s_j)
     ratio = (q @ k[:, :, first:].transpose(-2, -1)).float()  # (B, H, N, M - first): all the dead are there, and some of the living, set to 0 below
     torch.add(size[:, None, None, first:].log(), ratio, alpha=D**-0.5, out=ratio)
-    ratio.sub_(log_sum[:, :, :N]).clamp_(max=MaskedAttention.LIMIT).exp_()
+    ratio.sub_(log_sum[:, :, :N]).clamp_(max=math.log(MAX_RATIO)).exp_()
     d_mask = F.pad((ratio * d_attn[..., first:]).sum((1, 2)), (first, 0)).masked_fill_(mask > 0, 0)  # (B, M)
     d_mask[:, :N] += d_live  # for the live, whose ratio is attn
     # importance_j = sum_i m_i attn_ij / sum_i m_i: m_i is a query's weight too (mean over heads)
@@ -349,16 +354,23 @@ def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, fir
     return d_logits @ k[:, :, :N], d_logits.transpose(-2, -1) @ q, d_v, d_live / size[:, :N], d_mask
 
 
+ONE_BY_ONE = {"cpu"}  # devices where attention is faster for each image alone: its logits fit into the cache, and no other is longer
+
+
+def parts_of(mask):
+    """mask (B, N) -> what attention takes at once: [(images, live tokens of the shortest, and of the longest)]."""
+    count = mask.sum(1).int()
+    if mask.device.type in ONE_BY_ONE:
+        return [(slice(i, i + 1), n, n) for i, n in enumerate(count.tolist())]
+    return [(slice(0, len(mask)), int(count.min()), int(count.max()))]
+
+
 class MaskedAttention(torch.autograd.Function):
     """attend, with its gradient. Tokens must come live first, and nothing may depend on the outputs of dead ones but their own next layers.
 
     Written out because autograd gives a logit of -inf no gradient, and with a mask that multiplies would keep
     and walk through (B, H, N, N) several times more; here one is kept, for live keys alone, and backward visits live queries alone.
     """
-
-    # Log of the largest ratio. Brought back, a dead token takes ratio / (1 + ratio) of the attention, never more than all;
-    # the derivative at 0 is ratio, which has no bound. Without a cut it drowns everything else in early blocks.
-    LIMIT = 0.0
 
     @staticmethod
     def forward(ctx, q, k, v, size, mask):
@@ -401,17 +413,6 @@ def masked_attention(q, k, v, size, mask):
     """
     out, importance = MaskedAttention.apply(q, k, v, size, mask)
     return out, torch.cat([torch.full_like(importance[:, :1], math.inf), importance[:, 1:]], 1)
-
-
-def parts_of(mask):
-    """What attention takes at once: [(images, live tokens of the shortest, and of the longest)].
-
-    On a CPU each image alone, so that its logits fit into the cache and it waits for no longer one; elsewhere all.
-    """
-    count = mask.sum(1).int()
-    if mask.device.type == "cpu":
-        return [(slice(i, i + 1), n, n) for i, n in enumerate(count.tolist())]
-    return [(slice(0, len(mask)), int(count.min()), int(count.max()))]
 
 
 class Attention(nn.Module):

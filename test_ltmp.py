@@ -146,8 +146,14 @@ def random_model(seed, method, **changes):
     return model, images
 
 
+@pytest.fixture(params=["one by one", "together"])
+def both_attentions(request, monkeypatch):
+    """The test runs with attention as on a CPU and as on a GPU."""
+    monkeypatch.setattr(ltmp, "ONE_BY_ONE", {"cpu"} if request.param == "one by one" else set())
+
+
 @pytest.mark.parametrize("method", METHODS)
-def test_one_semantics_on_random_models(method):
+def test_one_semantics_on_random_models(both_attentions, method):
     reduced = 0
     for seed in range(25):
         model, images = random_model(seed, method)
@@ -297,14 +303,14 @@ def plain_attention(q, k, v, size, mask):
     logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + size.log()[:, None, None]
     live = mask[:, None, None]
     log_sum = logits.masked_fill(live == 0, -math.inf).logsumexp(-1, keepdim=True).detach()
-    weights = (logits - log_sum).clamp(max=ltmp.MaskedAttention.LIMIT).exp() * live
+    weights = (logits - log_sum).clamp(max=math.log(ltmp.MAX_RATIO)).exp() * live
     attn = weights / weights.sum(-1, keepdim=True)
     return attn @ v, (attn.mean(1) * (mask / mask.sum(1, keepdim=True))[:, :, None]).sum(1)
 
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("counts", [[9, 5, 2, 1], [7, 6, 6, 4], [1, 1, 1, 1], [9, 9, 9, 9]])
-def test_attention_and_its_gradient_equal_the_plain_formula(sharpness, counts):
+def test_attention_and_its_gradient_equal_the_plain_formula(both_attentions, sharpness, counts):
     torch.manual_seed(0)
     B, H, N, D = 4, 2, 9, 4
     q, k, v = (torch.randn(B, H, N, D) * scale for scale in (2 * sharpness, sharpness, 1))
@@ -322,7 +328,7 @@ def test_attention_and_its_gradient_equal_the_plain_formula(sharpness, counts):
 
 
 @pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
-def test_gradients_without_the_dead_equal_those_with_all(method, monkeypatch):
+def test_gradients_without_the_dead_equal_those_with_all(both_attentions, method, monkeypatch):
     def gradients(model, images):
         model.zero_grad()
         logits, kept = model.train()(images)
