@@ -5,8 +5,9 @@ Transformers", TMLR 2023, arXiv 2307.10780. Between attention and MLP of every b
 scalars decide which tokens are merged into a similar one and which are dropped.
 
 Read from top to bottom: configurations, the masker (the learned threshold), merge and prune,
-attention, the block that puts them in order, the model, its weights. Only torch is needed, so this
-file can be copied alone.
+attention, the block that puts them in order, the model; then, of no interest to the method, the
+reading of files. `live_rows`, `on_live` and `parts_of` only save work. Only torch is needed, so
+this file can be copied alone.
 
 Shapes: B images, N tokens (the class token first), C channels, H heads, D = C / H channels a head.
 Three tensors travel together from block to block:
@@ -48,8 +49,8 @@ __version__ = "0.1.0"
 class ViTConfig:
     """Shape of a plain ViT with a class token, and how its images are prepared.
 
-    image_size and patch_size are in pixels (square). num_classes=0 means no head: the model then
-    returns the class feature (B, dim). layer_scale adds a learned scale per channel to each
+    image_size and patch_size are in pixels (square). num_classes=0 means no head: in place of logits
+    the model then returns the class feature (B, dim). layer_scale adds a learned scale per channel to each
     residual branch (`ls1`, `ls2`). mean, std and crop_pct belong to the published weights:
     evaluation resizes to image_size / crop_pct, crops the centre and normalizes.
     """
@@ -131,6 +132,11 @@ class ThresholdMasker(nn.Module):
         self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
         self.tau = tau
 
+    def _apply(self, fn, recurse=True):
+        """Moved to another device as all modules are; but .half() and .bfloat16(), whose steps are 0.004 near 1, leave it float32."""
+        whole = lambda t: moved if (moved := fn(t)).dtype == t.dtype else t.to(moved.device)
+        return super()._apply(whole, recurse)
+
     def forward(self, scores, mask):
         """scores (B, M) float32, inf or -inf where nothing is to be decided, mask (B, N) unused -> chosen (B, M) float32 of 0 and 1."""
         threshold = self.threshold.float()
@@ -200,8 +206,8 @@ def merge(x, key, size, mask, importance, masker):
     cannot_merge[:, 0] = True  # neither dead tokens nor the class token
     merged = masker(similarity.masked_fill(cannot_merge, -math.inf), mask)  # (B, Na) of 0 and 1
 
-    # That a token merges matters in two ways: its mask ends (r falls, later attention misses it), and it
-    # lives on in the mean. The whole gradient takes both; the paper's the mask alone, and only of tokens that merged.
+    # That a token merges matters in two ways: its mask ends (r falls, later attention misses it), and it lives on in the mean.
+    # `gone` carries the gradient of the first, `weight` that of the second. The paper has the first alone, and only of tokens that merged.
     if masker.whole_gradient:
         gone, weight = merged, merged * size_a  # (B, Na)
     else:
@@ -209,7 +215,7 @@ def merge(x, key, size, mask, importance, masker):
     mask_a = mask_a * (1 - gone)
     total = size_b.scatter_add(1, partner, weight)  # (B, Nb); size_a stays: who merged is dead
     share_a, share_b = weight / total.gather(1, partner), size_b / total  # (B, Na), (B, Nb)
-    target = flat_index(partner, x_b.shape[1])[:, None].expand(-1, x.shape[2])  # (B Na, C); along dimension 0 torch adds whole rows, ten times as fast
+    target = flat_index(partner, x_b.shape[1])[:, None].expand(-1, x.shape[2])  # (B Na, C); along dimension 0 torch adds whole rows, on a CPU ten times as fast
     x_b = (x_b * share_b[:, :, None]).flatten(0, 1).scatter_add_(0, target, (x_a * share_a[:, :, None]).flatten(0, 1)).view_as(x_b).to(x.dtype)
     importance_b = importance_b.scatter_reduce(
         1, partner, importance_a.masked_fill(merged.logical_not(), 0), "amax")  # (B, Nb)
@@ -249,7 +255,7 @@ def flat_index(index, n):
 
 
 def live_rows(mask, drop):
-    """mask (B, N) -> (live, dead, drop): which of the B N positions hold live tokens, and which dead ones. None if all are live."""
+    """mask (B, N) -> (live, dead, drop): which of the B N positions hold live tokens, which dead ones, and drop as given, for on_live. None if all are live."""
     dead = mask.flatten() == 0
     live = dead.numel() - int(dead.sum())
     if live == dead.numel():
@@ -268,10 +274,10 @@ def on_live(layer, x, rows):
     if rows is None:
         return layer(x)
     (live, dead, drop), flat = rows, x.flatten(0, 1)
-    out = layer(flat[live])  # (live tokens of the batch, C')
+    out = layer(flat.index_select(0, live))  # (live tokens of the batch, C'); first, since autocast keeps a weight that it cast, and one cast without a graph gets no gradient
     both = out.new_empty(len(flat), out.shape[1])
     with torch.no_grad():
-        both[dead] = 0 if drop else layer(flat[dead])
+        both[dead] = 0 if drop else layer(flat.index_select(0, dead))
     return both.index_copy_(0, live, out).unflatten(0, x.shape[:2])  # (B, N, C')
 
 
@@ -303,18 +309,17 @@ def attend(q, k, v, size, mask):
     -> out (B, H, M, D), importance (B, N) float32, logits, attn (B, H, M, N) float32. Not for
     autograd, which cannot follow what is done in place: see MaskedAttention.
     """
-    logits = (q @ k.transpose(-2, -1)).float()  # (B, H, M, N)
-    bias = size.log().masked_fill(mask.logical_not(), -math.inf)[:, None, None]  # (B, 1, 1, N)
-    torch.add(bias, logits, alpha=q.shape[-1] ** -0.5, out=logits)  # bias + logits / sqrt(D), in place: fresh memory is slow on a CPU
+    logits = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).float()  # (B, H, M, N)
+    logits += size.log().masked_fill(mask.logical_not(), -math.inf)[:, None, None]  # in place: fresh memory is slow on a CPU
     attn = logits.softmax(-1)
     query_weight = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), for the mean
-    with torch.autocast(q.device.type, enabled=False):  # scores stay float32 under AMP
+    with torch.autocast(q.device.type, enabled=False):  # scores are computed in float32 under AMP too
         importance = (query_weight @ attn[:, :, : k.shape[2]]).sum((1, 2))  # (B, N)
     return attn.to(v.dtype) @ v, importance, logits, attn
 
 
-# Of a dead token to the living, in attend_backward. Brought back, it takes ratio / (1 + ratio) of the attention, never more than all;
-# the derivative at 0 is ratio, which has no bound. Without a cut it drowns everything else in early blocks.
+# The largest `ratio` in attend_backward, of a dead token to all living ones. Brought back, it would take ratio / (1 + ratio) of the attention,
+# never more than all; the derivative at 0 is ratio, which has no bound. Without a cut it drowns everything else in early blocks.
 MAX_RATIO = 1.0
 
 
@@ -325,36 +330,37 @@ def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, fir
 
         d attn_ij / d m_n = ratio_in ((n = j) - attn_ij)        ratio_in = s_n exp(q_i k_n) / sum_l m_l s_l exp(q_i k_l), at most 1
 
-    q, k, v (B, H, M, D), size, mask (B, M), d_importance (B, M), d_out (B, H, M, D), 0 for the dead; attn (B, H, M, N),
-    of the first N tokens, behind which all are dead as before `first` all are alive; log_sum (B, H, M, 1) with attn = exp(logits - log_sum)
-    -> d_q, d_k, d_v (B, H, N, D), d_size (B, N), d_mask (B, M), of tokens without a gradient nothing.
+    M tokens an image: before `first` they are alive in every image, from N on they are dead in every image.
+
+    q, k, v (B, H, M, D), size, mask (B, M), attn (B, H, M, N), log_sum (B, H, M, 1) with attn = exp(logits - log_sum),
+    d_out (B, H, M, D), 0 for the dead, d_importance (B, M)
+    -> d_q, d_k, d_v (B, H, N, D), d_size (B, N), which are 0 from N on, and d_mask (B, M).
     """
     H, D, N = q.shape[1], q.shape[3], attn.shape[3]
     count = mask.sum(1, keepdim=True)  # (B, 1)
     seen = attn @ d_importance[:, None, :N, None]  # (B, H, M, 1), sum over j of attn_ij d_importance_j
-    q, d_out, attn = q[:, :, :N], d_out[:, :, :N], attn[:, :, :N]  # live queries
-    # d loss / d attn_ij = d_out_i v_j + query_weight_i d_importance_j, of which softmax takes off the row's mean: one product of D + 2 columns
-    query_weight = (mask / count)[:, None, :N, None] / H  # (B, 1, N, 1)
-    row_mean = (d_out * (attn.to(v.dtype) @ v[:, :, :N])).sum(-1, keepdim=True) + query_weight * seen[:, :, :N]  # (B, H, N, 1)
-    left = torch.cat([d_out, query_weight.expand_as(row_mean), -row_mean], -1)  # (B, H, N, D + 2)
-    right = torch.cat([v, d_importance[:, None, :, None].expand(-1, H, -1, -1), torch.ones_like(v[..., :1])], -1)  # (B, H, M, D + 2)
-    d_attn = (left.to(q.dtype) @ right.to(q.dtype).transpose(-2, -1)).float()  # (B, H, N, M)
+    q, d_out, attn = q[:, :, :N] * D**-0.5, d_out[:, :, :N], attn[:, :, :N]  # live queries
+    # d loss / d attn_ij = d_out_i v_j + m_i / (count H) d_importance_j, one product of D + 1 columns; softmax takes off the row's mean
+    live, each = mask[:, None, :N, None], (d_importance / (count * H))[:, None, :, None]  # (B, 1, N, 1), (B, 1, M, 1)
+    left = torch.cat([d_out, live.expand(-1, H, -1, -1).to(q.dtype)], -1)  # (B, H, N, D + 1)
+    right = torch.cat([v, each.expand(-1, H, -1, -1).to(q.dtype)], -1)  # (B, H, M, D + 1)
+    row_mean = (d_out * (attn.to(v.dtype) @ v[:, :, :N])).float().sum(-1, keepdim=True) + live / (count * H)[:, None, None] * seen[:, :, :N]
+    d_attn = (left @ right.transpose(-2, -1)).float().sub_(row_mean)  # (B, H, N, M)
     d_logits = attn * d_attn[..., :N]  # (B, H, N, N)
     d_live = d_logits.sum((1, 2))  # (B, N), d loss / d log(m_j s_j)
     ratio = (q @ k[:, :, first:].transpose(-2, -1)).float()  # (B, H, N, M - first): all the dead are there, and some of the living, set to 0 below
-    torch.add(size[:, None, None, first:].log(), ratio, alpha=D**-0.5, out=ratio)
-    ratio.sub_(log_sum[:, :, :N]).clamp_(max=math.log(MAX_RATIO)).exp_()
+    ratio.add_(size[:, None, None, first:].log()).sub_(log_sum[:, :, :N]).clamp_(max=math.log(MAX_RATIO)).exp_()
     d_mask = F.pad((ratio * d_attn[..., first:]).sum((1, 2)), (first, 0)).masked_fill_(mask > 0, 0)  # (B, M)
     d_mask[:, :N] += d_live  # for the live, whose ratio is attn
     # importance_j = sum_i m_i attn_ij / sum_i m_i: m_i is a query's weight too (mean over heads)
     d_queries = seen.mean((1, 3))  # (B, M)
     d_mask += (d_queries - (mask * d_queries).sum(1, keepdim=True) / count) / count
-    d_logits = (d_logits * D**-0.5).to(q.dtype)
+    d_logits = d_logits.to(q.dtype)
     d_v = attn.to(d_out.dtype).transpose(-2, -1) @ d_out
-    return d_logits @ k[:, :, :N], d_logits.transpose(-2, -1) @ q, d_v, d_live / size[:, :N], d_mask
+    return d_logits @ k[:, :, :N] * D**-0.5, d_logits.transpose(-2, -1) @ q, d_v, d_live / size[:, :N], d_mask
 
 
-ONE_BY_ONE = {"cpu"}  # devices where attention is faster for each image alone: its logits fit into the cache, and no other is longer
+ONE_BY_ONE = {"cpu"}  # devices where attention is faster for each image alone: its logits fit into the cache, and it is not padded to the longest; for speed alone
 
 
 def parts_of(mask):
@@ -362,19 +368,19 @@ def parts_of(mask):
     count = mask.sum(1).int()
     if mask.device.type in ONE_BY_ONE:
         return [(slice(i, i + 1), n, n) for i, n in enumerate(count.tolist())]
-    return [(slice(0, len(mask)), int(count.min()), int(count.max()))]
+    return [(slice(0, len(mask)), *torch.stack(count.aminmax()).tolist())]
 
 
 class MaskedAttention(torch.autograd.Function):
     """attend, with its gradient. Tokens must come live first, and nothing may depend on the outputs of dead ones but their own next layers.
 
     Written out because autograd gives a logit of -inf no gradient, and with a mask that multiplies would keep
-    and walk through (B, H, N, N) several times more; here one is kept, for live keys alone, and backward visits live queries alone.
+    and walk through (B, H, N, N) several times more; here one is kept, of the keys up to the longest image.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, size, mask):
-        """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32, both 0 for the dead, but out not where a gradient is wanted."""
+        """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32. The dead have queries too where a gradient is wanted."""
         B, H, N, D = q.shape
         out, importance = q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size)
         ctx.parts, kept = parts_of(mask), []
@@ -387,7 +393,7 @@ class MaskedAttention(torch.autograd.Function):
             else:
                 out[images, :, :queries], importance[images, :n] = found, score
             if training:
-                kept += [attn, logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()]
+                kept += [attn, logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()]  # log_sum, at the largest logit
         ctx.save_for_backward(q, k, v, size, mask, *kept)
         return out, importance
 
@@ -540,13 +546,14 @@ class LTMPViT(nn.Module):
 
         kept: live tokens after each block, the class token included; differentiable in training.
         drop: cut dead tokens off (default in eval mode), or keep them, masked (default in training,
-        where a threshold needs the gradient of the tokens that it removed). The logits agree to rounding.
+        where a threshold needs the gradient of the tokens that it removed; with drop=True its gradient
+        means nothing). The logits agree to rounding.
         trace: return a third tensor, held_by (depth, B, patches): for each patch of the input the
         position, after each block, of the token that holds it, or -1 if that was pruned.
         """
         S = self.config.image_size
-        if images.dim() != 4 or images.shape[1:] != (3, S, S):
-            raise ValueError(f"images must be (B, 3, {S}, {S}); got {tuple(images.shape)}")
+        if images.dim() != 4 or images.shape[1:] != (3, S, S) or not len(images):
+            raise ValueError(f"images must be (B, 3, {S}, {S}), B at least 1; got {tuple(images.shape)}")
         drop = not self.training if drop is None else drop
         x = self.patch_embed(images)  # (B, N - 1, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, N, C)
@@ -646,11 +653,13 @@ def official_weights(name):
 def download(url):
     """Fetch url once into torch.hub's folder and return the path.
 
-    A name like vit-0123abcd.pth (eight or more digits of the SHA-256) has its content checked.
+    A name like vit-0123abcd.pth (eight or more digits of the SHA-256) has its content checked; other names,
+    such as model.safetensors, do not say which file it is, and get the hash of the url in front.
     Raises ValueError where the file cannot be had or the hash is another.
     """
-    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    digits = re.search(r"-([0-9a-f]{8,64})\.", path.name)
+    name = Path(url).name
+    digits = re.search(r"-([0-9a-f]{8,64})\.", name)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / (name if digits else f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

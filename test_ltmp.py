@@ -373,6 +373,31 @@ def test_scores_masks_and_thresholds_are_float32_under_amp(monkeypatch):
         assert scores.dtype == torch.float32 and (finite != finite.bfloat16().float()).float().mean() > 0.9
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_under_amp_are_about_those_of_float32(both_attentions, dtype):
+    def gradients(context):
+        model = demo_model("ltmp").train()
+        set_thresholds(model, 0.97, 0.001)
+        with context:
+            logits, kept = model(images)
+        loss = F.cross_entropy(logits.float(), torch.arange(8)) + 10 * (flops.flops_ratio(kept, model.config) - 0.5) ** 2
+        (1024 * loss).backward()  # as scaled as gradients in float16 are
+        return torch.cat([p.grad.flatten() for p in model.parameters()]), torch.stack([p.grad for name, p in model.named_parameters() if "threshold" in name])
+
+    images = torch.stack([image for image, _ in data.subset(data.open_split(None, "train", evaluate.clean_transform(VARIANTS["demo"])), 8)])
+    for exact, rounded in zip(gradients(contextlib.nullcontext()), gradients(torch.autocast("cpu", dtype=dtype))):
+        assert torch.isfinite(rounded).all() and F.cosine_similarity(exact.flatten(), rounded.flatten(), 0) > 0.9
+
+
+def test_half_precision_leaves_thresholds_as_they_are():
+    model, images = random_model(4, "ltmp")
+    before = [masker.threshold.clone() for _, masker in train.threshold_maskers(model)]
+    logits, kept = model.bfloat16().eval()(images.bfloat16())
+    assert logits.dtype == torch.bfloat16 and torch.isfinite(logits).all()
+    assert all(torch.equal(masker.threshold, old) for old, (_, masker) in zip(before, train.threshold_maskers(model)))
+    assert next(iter(model.to("meta").blocks[0].merge_masker.parameters())).device.type == "meta"
+
+
 def test_class_feature_without_head_and_layer_scale():
     model, images = random_model(5, "ltmp", num_classes=0, layer_scale=True)
     assert model(images)[0].shape == (len(images), model.config.dim)
@@ -752,6 +777,8 @@ def test_a_url_is_downloaded_once_and_its_hash_checked(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="hash"):
             ltmp.read_checkpoint(f"{base}/vit-00000000.pth")
         assert not list((tmp_path / "hub" / "checkpoints").glob("vit-0000*"))
+        one, other = (ltmp.download(f"{base}/{model}/model.safetensors") for model in ("one", "other"))
+        assert one != other and requests[-2:] == ["/one/model.safetensors", "/other/model.safetensors"]  # the same name, not the same file
     finally:
         server.shutdown()
     assert torch.equal(logits_after_loading(f"file://{tmp_path}/w.pth"), logits_after_loading(state))
