@@ -138,7 +138,6 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
                      "settings": settings(args)})
 
     def leave():
-        save()
         evaluate.stop(f"stopped after step {step} of {total_steps}; the same command with --resume goes on from there", 130)
 
     interrupted = []  # Ctrl-C ends the step that runs, or the next, saves, and stops; a second one stops at once
@@ -211,14 +210,14 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None):
             speed = (step - first) * batch_size / (time.time() - progress.start)
             goal = f"r {r:.3f} (target {args.target:g})" if thresholds else f"top-1 {100 * top1:.1f} %"
             progress.show(f"train: step {step}/{total_steps}, {speed:.0f} images/s, loss {all_loss:.3f}, {goal}", step - first, total_steps - first)
-            if stopped:
-                leave()
-            if time.time() - saved_at > SAVE_EVERY:
+            if stopped or time.time() - saved_at > SAVE_EVERY:
                 save()
                 saved_at = time.time()
+            if stopped:
+                leave()
+    save()
     if evaluate.total(torch.tensor(len(interrupted))).item():  # in the last step
         leave()
-    save()
     for number, handler in previous.items():
         signal.signal(number, handler)
     if hook:
