@@ -360,15 +360,14 @@ def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, fir
     return d_logits @ k[:, :, :N] * D**-0.5, d_logits.transpose(-2, -1) @ q, d_v, d_live / size[:, :N], d_mask
 
 
-ONE_BY_ONE = {"cpu"}  # devices where attention is faster for each image alone: its logits fit into the cache, and it is not padded to the longest; for speed alone
-
-
 def parts_of(mask):
-    """mask (B, N) -> what attention takes at once: [(images, live tokens of the shortest, and of the longest)]."""
-    count = mask.sum(1).int()
-    if mask.device.type in ONE_BY_ONE:
-        return [(slice(i, i + 1), n, n) for i, n in enumerate(count.tolist())]
-    return [(slice(0, len(mask)), *torch.stack(count.aminmax()).tolist())]
+    """mask (B, N) -> what attention takes at once: [(images, live tokens of the shortest, and of the longest of them)].
+
+    On a CPU an image for each thread: their logits fit into its cache, and few are padded to a longer one. Elsewhere all.
+    """
+    step = torch.get_num_threads() if mask.device.type == "cpu" else len(mask)
+    counts = mask.sum(1).int().tolist()
+    return [(slice(i, i + step), min(counts[i : i + step]), max(counts[i : i + step])) for i in range(0, len(counts), step)]
 
 
 class MaskedAttention(torch.autograd.Function):

@@ -146,14 +146,14 @@ def random_model(seed, method, **changes):
     return model, images
 
 
-@pytest.fixture(params=["one by one", "together"])
-def both_attentions(request, monkeypatch):
-    """The test runs with attention as on a CPU and as on a GPU."""
-    monkeypatch.setattr(ltmp, "ONE_BY_ONE", {"cpu"} if request.param == "one by one" else set())
+@pytest.fixture(params=[1, 2, 1000])
+def images_at_once(request, monkeypatch):
+    """The test runs with attention image by image, as on a CPU with one thread, by two, and all together, as on a GPU."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_semantics_on_random_models(both_attentions, method):
+def test_one_semantics_on_random_models(images_at_once, method):
     reduced = 0
     for seed in range(25):
         model, images = random_model(seed, method)
@@ -310,7 +310,7 @@ def plain_attention(q, k, v, size, mask):
 
 @pytest.mark.parametrize("sharpness", [0.1, 1.0, 3.0])
 @pytest.mark.parametrize("counts", [[9, 5, 2, 1], [7, 6, 6, 4], [1, 1, 1, 1], [9, 9, 9, 9]])
-def test_attention_and_its_gradient_equal_the_plain_formula(both_attentions, sharpness, counts):
+def test_attention_and_its_gradient_equal_the_plain_formula(images_at_once, sharpness, counts):
     torch.manual_seed(0)
     B, H, N, D = 4, 2, 9, 4
     q, k, v = (torch.randn(B, H, N, D) * scale for scale in (2 * sharpness, sharpness, 1))
@@ -328,7 +328,7 @@ def test_attention_and_its_gradient_equal_the_plain_formula(both_attentions, sha
 
 
 @pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
-def test_gradients_without_the_dead_equal_those_with_all(both_attentions, method, monkeypatch):
+def test_gradients_without_the_dead_equal_those_with_all(images_at_once, method, monkeypatch):
     def gradients(model, images):
         model.zero_grad()
         logits, kept = model.train()(images)
@@ -374,7 +374,7 @@ def test_scores_masks_and_thresholds_are_float32_under_amp(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_gradients_under_amp_are_about_those_of_float32(both_attentions, dtype):
+def test_gradients_under_amp_are_about_those_of_float32(images_at_once, dtype):
     def gradients(context):
         model = demo_model("ltmp").train()
         set_thresholds(model, 0.97, 0.001)
