@@ -186,7 +186,7 @@ def merge(x, key, size, mask, importance, masker):
     feature becomes the mean of all, weighted by size, its importance their maximum, so that what
     was important to somebody is not pruned for the company that it keeps.
 
-    x (B, N, C), key (B, N, D) averaged over heads, size, mask, importance (B, N), live tokens first
+    x (B, N, C), key (B, N, D) averaged over heads, size, mask, importance (B, N), live tokens first; masker: a ThresholdMasker or FixedCountMasker
     -> x, size, mask, importance in the new order: set A, then set B. A tokens that merged are dead.
     """
     if x.shape[1] < 3:  # the class token and at most one partner: nothing can merge
