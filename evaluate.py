@@ -812,9 +812,9 @@ def frontier_report(points):
     """The table of frontier_points as text, one column a method."""
     dense, methods = points["dense"][0][2], [method for method in points if method != "dense"]
     lines = [f"top-1 at r, +- half the range over seeds; dense {dense:.2f} %",
-             f"{'target':<8}" + "".join(f"{method:>22}" for method in methods)]
+             f"{'target':<8}" + "".join(f"{method:>25}" for method in methods)]
     for row in zip(*(points[method] for method in methods)):
-        lines.append(f"{row[0][0]:<8g}" + "".join(f"{f'{top1:.2f} +- {spread:.2f} at {r:.3f}':>22}" for _, r, top1, spread in row))
+        lines.append(f"{row[0][0]:<8g}" + "".join(f"{f'{top1:.2f} +- {spread:.2f} at {r:.3f}':>25}" for _, r, top1, spread in row))
     return "\n".join(lines)
 
 
