@@ -177,6 +177,11 @@ def _rank(scores, descending):
 # Merge, prune, and the order of the tokens
 
 
+def flat_index(index, n):
+    """index (B, M) of tokens within images of n tokens -> (B M,) of the same in all images, one after the other."""
+    return (index + n * torch.arange(len(index), device=index.device)[:, None]).flatten()
+
+
 def merge(x, key, size, mask, importance, masker):
     """Merge every other token, where `masker` says so, into the most similar of the rest (paper: token merging; the matching is ToMe's, arXiv 2210.09461).
 
@@ -247,11 +252,6 @@ def live_first(mask, tensors, drop):
     rows = flat_index(order, mask.shape[1])
     whole = lambda t: t.flatten(0, 1).index_select(0, rows).unflatten(0, order.shape)  # faster than gather, which moves single numbers
     return mask.gather(1, order), [t.gather(1, order) if t.dim() == 2 else whole(t) for t in tensors]
-
-
-def flat_index(index, n):
-    """index (B, M) of tokens within images of n tokens -> (B M,) of the same in all images, one after the other."""
-    return (index + n * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
 def live_rows(mask, drop):
