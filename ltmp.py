@@ -133,17 +133,16 @@ class ThresholdMasker(nn.Module):
         self.tau = tau
 
     def _apply(self, fn, recurse=True):
-        """Moved to another device as all modules are; but .half() and .bfloat16(), whose steps are 0.004 near 1, leave it float32."""
+        """Moved to another device as all modules are, but float32 whatever the model becomes: near 1 a bfloat16 has steps of 0.004."""
         whole = lambda t: moved if (moved := fn(t)).dtype == t.dtype else t.to(moved.device)
         return super()._apply(whole, recurse)
 
     def forward(self, scores, mask):
         """scores (B, M) float32, inf or -inf where nothing is to be decided, mask (B, N) unused -> chosen (B, M) float32 of 0 and 1."""
-        threshold = self.threshold.float()
-        hard = (scores > threshold).float()
+        hard = (scores > self.threshold).float()
         if not torch.is_grad_enabled():
             return hard
-        soft = torch.sigmoid((scores - threshold) / self.tau)
+        soft = torch.sigmoid((scores - self.threshold) / self.tau)
         return soft + (hard - soft).detach()
 
 
@@ -307,7 +306,7 @@ def attend(q, k, v, size, mask):
 
     q (B, H, M, D), k, v (B, H, N, D), size, mask (B, N); the first N of the M >= N queries are the same tokens as the keys, the others are dead
     -> out (B, H, M, D), importance (B, N) float32, logits, attn (B, H, M, N) float32. Not for
-    autograd, which cannot follow what is done in place: see MaskedAttention.
+    autograd, for which a mask that enters as -inf has no gradient: see MaskedAttention.
     """
     logits = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).float()  # (B, H, M, N)
     logits += size.log().masked_fill(mask.logical_not(), -math.inf)[:, None, None]  # in place: fresh memory is slow on a CPU
@@ -344,7 +343,7 @@ def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, fir
     live, each = mask[:, None, :N, None], (d_importance / (count * H))[:, None, :, None]  # (B, 1, N, 1), (B, 1, M, 1)
     left = torch.cat([d_out, live.expand(-1, H, -1, -1).to(q.dtype)], -1)  # (B, H, N, D + 1)
     right = torch.cat([v, each.expand(-1, H, -1, -1).to(q.dtype)], -1)  # (B, H, M, D + 1)
-    row_mean = (d_out * (attn.to(v.dtype) @ v[:, :, :N])).float().sum(-1, keepdim=True) + live / (count * H)[:, None, None] * seen[:, :, :N]
+    row_mean = (d_out.float() * (attn.to(v.dtype) @ v[:, :, :N])).sum(-1, keepdim=True) + live / (count * H)[:, None, None] * seen[:, :, :N]
     d_attn = (left @ right.transpose(-2, -1)).float().sub_(row_mean)  # (B, H, N, M)
     d_logits = attn * d_attn[..., :N]  # (B, H, N, N)
     d_live = d_logits.sum((1, 2))  # (B, N), d loss / d log(m_j s_j)
@@ -363,7 +362,7 @@ def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, fir
 def parts_of(mask):
     """mask (B, N) -> what attention takes at once: [(images, live tokens of the shortest, and of the longest of them)].
 
-    On a CPU an image for each thread: their logits fit into its cache, and few are padded to a longer one. Elsewhere all.
+    On a CPU an image for each thread: fewer leave threads idle, more are slower, since more are padded to the longest and less fits into the cache. Elsewhere all.
     """
     step = torch.get_num_threads() if mask.device.type == "cpu" else len(mask)
     counts = mask.sum(1).int().tolist()
