@@ -772,7 +772,7 @@ def frontier(name, state, loader, args, device):
     plan = [("dense", 1.0, 0)] + [(method, target, 0) for method in args.methods if method in fixed for target in args.targets]
     plan += [(method, target, seed) for seed in range(args.seed, args.seed + args.seeds)
              for method in args.methods if method not in fixed for target in args.targets]
-    shared = [f"--{flag.replace('_', '-')}={value}" for flag in ("data", "model", "weights", "num_classes", "image_size", "val_fraction", "workers", "device", "limit_train")
+    shared = [f"--{flag.replace('_', '-')}={value}" for flag in ("data", "model", "weights", "num_classes", "image_size", "val_fraction", "workers", "device", "limit_train", "recipe")
               if (value := getattr(args, flag)) is not None] + (["--no-amp"] if args.amp is False else []) + ["--skip-bad-images"] * args.skip_bad_images
     for i, (method, target, seed) in enumerate(plan, 1):
         run = folder / f"{method}-{target:g}-{seed}"
@@ -780,7 +780,7 @@ def frontier(name, state, loader, args, device):
         if not found.exists():
             print(f"{i}/{len(plan)}: {run.name}", file=sys.stderr, flush=True)
             if method in ("dense", "tome", "topk"):
-                model = build(method, r=None if method == "dense" else fixed_count(ltmp.VARIANTS[name], target))
+                model = build(method, r=None if method == "dense" else fixed_count(build("dense").config, target))
             else:
                 if not (run / "thresholds.json").exists():
                     again = ["--resume"] if (run / "last.pt").exists() else []
@@ -896,6 +896,7 @@ def main(argv=None):
                        metavar="METHOD", help="(default: all six)")
     group.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs for each method and target (default: %(default)s)")
     group.add_argument("--limit-train", type=positive, metavar="N", help="learn on N images, evenly spread (default: all)")
+    group.add_argument("--recipe", type=one_of(("paper", "adaptive")), metavar="RECIPE", help="how to learn them: paper or adaptive (default: train.py's)")
     args = parser.parse_args(argv)
     try:  # whatever is wrong with the input
         device = find_device(args.device)

@@ -362,7 +362,8 @@ def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, fir
 def parts_of(mask):
     """mask (B, N) -> what attention takes at once: [(images, live tokens of the shortest, and of the longest of them)].
 
-    On a CPU an image for each thread: fewer leave threads idle, more are slower, since more are padded to the longest and less fits into the cache. Elsewhere all.
+    On a CPU an image for each thread: fewer leave threads idle, more are slower, since more are padded to the longest and less fits into the cache
+    (measured with one and two threads). Elsewhere all.
     """
     step = torch.get_num_threads() if mask.device.type == "cpu" else len(mask)
     counts = mask.sum(1).int().tolist()
@@ -380,20 +381,18 @@ class MaskedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, size, mask):
         """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32. The dead have queries too where a gradient is wanted."""
         B, H, N, D = q.shape
-        out, importance = q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size)
-        ctx.parts, kept = parts_of(mask), []
+        ctx.parts, kept, whole = parts_of(mask), [], None
         training = any(ctx.needs_input_grad)
         for images, _, n in ctx.parts:
             queries = N if training else n
-            found, score, logits, attn = attend(q[images, :, :queries], k[images, :, :n], v[images, :, :n], size[images, :n], mask[images, :n])
-            if len(found) == B and n == N:  # all there is: nothing to put together
-                out, importance = found, score
-            else:
-                out[images, :, :queries], importance[images, :n] = found, score
+            out, importance, logits, attn = attend(q[images, :, :queries], k[images, :, :n], v[images, :, :n], size[images, :n], mask[images, :n])
+            if len(out) < B or n < N:  # else this is all there is, nothing to put together
+                whole = whole or (q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size))
+                whole[0][images, :, :queries], whole[1][images, :n] = out, importance
             if training:
                 kept += [attn, logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()]  # log_sum, at the largest logit
         ctx.save_for_backward(q, k, v, size, mask, *kept)
-        return out, importance
+        return whole or (out, importance)
 
     @staticmethod
     @once_differentiable

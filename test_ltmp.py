@@ -1513,9 +1513,11 @@ def test_frontier_learns_evaluates_and_goes_on(tmp_path, capsys, monkeypatch):
 
 
 def test_where_a_run_of_the_frontier_fails_it_says_how_to_go_on(tiny, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(evaluate.subprocess, "run", lambda command, **options: subprocess.CompletedProcess(command, 2))
+    commands = []
+    monkeypatch.setattr(evaluate.subprocess, "run", lambda command, **options: commands.append(command) or subprocess.CompletedProcess(command, 2))
     with pytest.raises(SystemExit) as stopped:
-        evaluate.main([*TINY_MODEL, "--frontier", str(tmp_path), "--methods", "ltm", "--targets", "0.6", "--limit-val", "10"])
+        evaluate.main([*TINY_MODEL, "--frontier", str(tmp_path), "--methods", "ltm", "--targets", "0.6", "--limit-val", "10", "--recipe", "paper"])
+    assert {"--method=ltm", "--target=0.6", "--recipe=paper"} < set(commands[0])
     assert stopped.value.code == 2 and "ltm-0.6-0: train.py ended with code 2; the same command goes on from there" in capsys.readouterr().err.splitlines()[-1]
 
 
