@@ -22,7 +22,7 @@ Inside a block attention adds two more, by which tokens are chosen:
     importance  (B, N)     how much attention each token receives (see attend): the least important are pruned
 
 There are two executions of one function. In training (drop=False) dead tokens stay in the tensors
-behind the live ones, masked, since a threshold needs their gradient. In inference (drop=True) they are cut off, up to the batch's longest image.
+behind the live ones, masked, since a threshold needs their gradient. In inference (drop=True) they are cut off behind the batch's longest image.
 """
 
 import hashlib
@@ -92,7 +92,7 @@ VARIANTS = {
     # DINOv2 has no head, and position embeddings for 518 pixels, which load_weights resizes.
     "vit_small_patch14_dinov2": replace(DEIT, patch_size=14, num_classes=0, layer_scale=True, crop_pct=0.875),
     # A 0.6 M ViT for Fashion-MNIST: 14 x 14 patches of 2 x 2 pixels, the token grid of DeiT at 224.
-    "demo": ViTConfig(28, 2, 64, 12, 4, 10, mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0),
+    "demo": ViTConfig(image_size=28, patch_size=2, dim=64, heads=4, num_classes=10, mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0),
 }
 
 # What each method does between attention and MLP, in this order. "tome" and "topk" are "ltm" and
@@ -200,7 +200,7 @@ def merge(x, key, size, mask, importance, masker):
     mask_a, mask_b = mask[:, 0::2], mask[:, 1::2]
     importance_a, importance_b = importance[:, 0::2], importance[:, 1::2]
 
-    with torch.autocast(x.device.type, enabled=False):  # float32, as in attend
+    with torch.autocast(x.device.type, enabled=False):  # float32 under AMP too: half would round the similarities
         key = F.normalize(key.float(), dim=-1)
         similarity = key[:, 0::2] @ key[:, 1::2].transpose(1, 2)  # (B, Na, Nb)
     # At most 1, since rounding can lift a cosine above it, and a threshold of 1 is to mean: never merge. At most -inf with the dead.
@@ -312,7 +312,7 @@ def attend(q, k, v, size, mask):
     logits += size.log().masked_fill(mask.logical_not(), -math.inf)[:, None, None]  # in place: fresh memory is slow on a CPU
     attn = logits.softmax(-1)
     query_weight = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), for the mean
-    with torch.autocast(q.device.type, enabled=False):  # scores are computed in float32 under AMP too
+    with torch.autocast(q.device.type, enabled=False):  # averaged in float32 under AMP too: half would round the scores
         importance = (query_weight @ attn[:, :, : k.shape[2]]).sum((1, 2))  # (B, N)
     return attn.to(v.dtype) @ v, importance, logits, attn
 
@@ -338,7 +338,7 @@ def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, fir
     H, D, N = q.shape[1], q.shape[3], attn.shape[3]
     count = mask.sum(1, keepdim=True)  # (B, 1)
     seen = attn @ d_importance[:, None, :N, None]  # (B, H, M, 1), sum over j of attn_ij d_importance_j
-    q, d_out, attn = q[:, :, :N] * D**-0.5, d_out[:, :, :N], attn[:, :, :N]  # live queries
+    q, d_out, attn = q[:, :, :N] * D**-0.5, d_out[:, :, :N], attn[:, :, :N]  # queries up to the longest image; for the dead of shorter ones d_out and `live` are 0
     # d loss / d attn_ij = d_out_i v_j + m_i / (count H) d_importance_j, one product of D + 1 columns; softmax takes off the row's mean
     live, each = mask[:, None, :N, None], (d_importance / (count * H))[:, None, :, None]  # (B, 1, N, 1), (B, 1, M, 1)
     left = torch.cat([d_out, live.expand(-1, H, -1, -1).to(q.dtype)], -1)  # (B, H, N, D + 1)
@@ -371,7 +371,7 @@ def parts_of(mask):
 
 
 class MaskedAttention(torch.autograd.Function):
-    """attend, with its gradient. Tokens must come live first, and nothing may depend on the outputs of dead ones but their own next layers.
+    """attend, with its gradient. Tokens must come live first, and d_out be 0 for the dead, as it is where they are never attended to, merged or read.
 
     Written out because autograd gives a logit of -inf no gradient, and with a mask that multiplies would keep
     and walk through (B, H, N, N) several times more; here one is kept, of the keys up to the longest image.
@@ -381,18 +381,18 @@ class MaskedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, size, mask):
         """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32. The dead have queries too where a gradient is wanted."""
         B, H, N, D = q.shape
-        ctx.parts, kept, whole = parts_of(mask), [], None
+        ctx.parts, kept, together = parts_of(mask), [], None
         training = any(ctx.needs_input_grad)
         for images, _, n in ctx.parts:
-            queries = N if training else n
+            queries = N if training else n  # the mask of the dead is their weight in the importance too: its gradient needs what they attend to
             out, importance, logits, attn = attend(q[images, :, :queries], k[images, :, :n], v[images, :, :n], size[images, :n], mask[images, :n])
             if len(out) < B or n < N:  # else this is all there is, nothing to put together
-                whole = whole or (q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size))
-                whole[0][images, :, :queries], whole[1][images, :n] = out, importance
+                together = together or (q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size))
+                together[0][images, :, :queries], together[1][images, :n] = out, importance
             if training:
                 kept += [attn, logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()]  # log_sum, at the largest logit
         ctx.save_for_backward(q, k, v, size, mask, *kept)
-        return whole or (out, importance)
+        return together or (out, importance)
 
     @staticmethod
     @once_differentiable
@@ -631,7 +631,7 @@ FLAX = [  # Google's AugReg .npz
     (r"MlpBlock_3\.Dense_1", "mlp.fc2"),
     (r"(scale|kernel)$", "weight"),
 ]
-UNUSED = r"mask_token$|embeddings\.mask_token$|^(vit\.|deit\.)?pooler\.|^pre_logits/"  # of pretraining; not part of inference
+UNUSED = r"mask_token$|^(vit\.|deit\.)?pooler\.|^pre_logits/"  # of pretraining; not part of inference
 
 
 def official_weights(name):
@@ -778,7 +778,7 @@ def load_weights(model, source, new_head=False):
     own = model.state_dict()
     if "pos_embed" in state and state["pos_embed"].dim() == 3 and state["pos_embed"].shape[1] != own["pos_embed"].shape[1]:
         state["pos_embed"] = resize_positions(state["pos_embed"], own["pos_embed"].shape[1])
-    if new_head and ("head.weight" not in state or state["head.weight"].shape != own["head.weight"].shape):
+    if new_head and model.config.num_classes and ("head.weight" not in state or state["head.weight"].shape != own["head.weight"].shape):
         state |= {"head.weight": own["head.weight"], "head.bias": own["head.bias"]}
     both = {name.split(".")[-2] for name in own if name.endswith("_masker.threshold") and name in state}  # maskers that model and source have
     optional = lambda name: ((name.endswith("_masker.threshold") and name.split(".")[-2] not in both)

@@ -708,6 +708,12 @@ def test_dinov2_with_layer_scale_gives_the_same_features(write):
     assert torch.equal(logits_after_loading(write(state) | extra, **options), logits_after_loading(state, **options))
 
 
+def test_a_model_without_a_head_has_none_to_keep():
+    state = plain_state(format_model())
+    model = load_weights(format_model(num_classes=0), state, new_head=True)
+    assert torch.equal(model.norm.weight, state["norm.weight"]) and isinstance(model.head, torch.nn.Identity)
+
+
 def test_safetensors_or_one_line_that_names_it(tmp_path, monkeypatch):
     state = {name: w.contiguous() for name, w in plain_state(format_model()).items()}
     header, blob = {}, b""  # the format: length of the header, header, raw data
