@@ -693,6 +693,8 @@ def peak_memory(run, device):
 
 def compare(runs, repeats, device):
     """Run the functions in turn, `repeats` times after one to warm up. Returns median seconds and peak MB of each."""
+    for run in runs:  # what is allocated once and for all, such as gradients, is no part of the peak
+        run()
     memory = [peak_memory(run, device) for run in runs]
     times = [[timed(run, device) for run in runs] for _ in range(repeats)]
     return [statistics.median(column) for column in zip(*times)], memory
