@@ -770,6 +770,7 @@ def frontier(name, state, loader, args, device):
     """
     folder, rows = Path(args.frontier), []
     build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)  # and the method
+    dense = build("dense")
     fixed = ("tome", "topk")  # no chance in these: one seed
     plan = [("dense", 1.0, 0)] + [(method, target, 0) for method in args.methods if method in fixed for target in args.targets]
     plan += [(method, target, seed) for seed in range(args.seed, args.seed + args.seeds)
@@ -781,8 +782,10 @@ def frontier(name, state, loader, args, device):
         found = run / f"test-{len(loader.dataset)}.json"
         if not found.exists():
             print(f"{i}/{len(plan)}: {run.name}", file=sys.stderr, flush=True)
-            if method in ("dense", "tome", "topk"):
-                model = build(method, r=None if method == "dense" else fixed_count(build("dense").config, target))
+            if method == "dense":
+                model = dense
+            elif method in fixed:
+                model = build(method, r=fixed_count(dense.config, target))
             else:
                 if not (run / "thresholds.json").exists():
                     again = ["--resume"] if (run / "last.pt").exists() else []

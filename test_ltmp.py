@@ -374,6 +374,22 @@ def test_scores_masks_and_thresholds_are_float32_under_amp(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradients_under_amp_are_about_those_of_float32(images_at_once, dtype):
+    def gradients(context):
+        model = demo_model("ltmp").train()
+        set_thresholds(model, 0.97, 0.001)
+        with context:
+            logits, kept = model(images)
+        loss = F.cross_entropy(logits.float(), torch.arange(8)) + 10 * (flops.flops_ratio(kept, model.config) - 0.5) ** 2
+        (1024 * loss).backward()  # as scaled as gradients in float16 are
+        return torch.cat([p.grad.flatten() for p in model.parameters()]), torch.stack([p.grad for name, p in model.named_parameters() if "threshold" in name])
+
+    images = torch.stack([image for image, _ in data.subset(data.open_split(None, "train", evaluate.clean_transform(VARIANTS["demo"])), 8)])
+    for exact, rounded in zip(gradients(contextlib.nullcontext()), gradients(torch.autocast("cpu", dtype=dtype))):
+        assert torch.isfinite(rounded).all() and F.cosine_similarity(exact.flatten(), rounded.flatten(), 0) > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_attention_and_its_gradient_in_half_precision_are_about_those_of_float32(images_at_once, dtype):
     torch.manual_seed(0)
     B, H, N, D = 4, 3, 40, 16
@@ -1516,6 +1532,13 @@ def test_frontier_learns_evaluates_and_goes_on(tmp_path, capsys, monkeypatch):
     with pytest.raises(SystemExit):
         evaluate.main(flags + ["--seeds", "1"])
     assert capsys.readouterr().out == first and read(tmp_path / "frontier.json") == rows
+
+
+def test_frontier_counts_the_tokens_of_the_image_size_that_is_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(SystemExit):
+        evaluate.main(["--frontier", str(tmp_path), "--methods", "tome", "--targets", "0.6", "--limit-val", "4", "--image-size", "56", "--workers", "0"])
+    assert read(tmp_path / "frontier.json")[1]["r"] == pytest.approx(0.6, abs=0.03)
 
 
 def test_where_a_run_of_the_frontier_fails_it_says_how_to_go_on(tiny, tmp_path, capsys, monkeypatch):
