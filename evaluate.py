@@ -28,6 +28,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
 import data
@@ -228,23 +229,23 @@ def own_share(dataset):
 class Loader(torch.utils.data.DataLoader):
     """Batches (images, labels) of the images that can be read; the others are in .bad: index -> what is wrong.
 
-    skip=False: the first that cannot be read ends the program. A batch without any good image is there, but empty.
+    skip=False: the first that cannot be read ends the program, told by the process `speaker`. A batch without any good image is there, but empty.
     """
 
-    def __init__(self, dataset, skip, **options):
+    def __init__(self, dataset, skip, speaker, **options):
         super().__init__(data.Readable(dataset), collate_fn=data.collate, **options)
-        self.skip, self.bad = skip, {}
+        self.skip, self.speaker, self.bad = skip, speaker, {}
 
     def __iter__(self):
         for images, labels, bad in super().__iter__():
             if bad and not self.skip:
-                stop(f"{next(iter(bad.values()))}; --skip-bad-images goes on without such", speaker=processes()[0])
+                stop(f"{next(iter(bad.values()))}; --skip-bad-images goes on without such", speaker=self.speaker)
             self.bad |= bad
             yield images, labels
 
 
-def make_loader(dataset, args, device, **options):
-    """A Loader with the workers that --workers says, or that suit the data; pinned memory on CUDA."""
+def make_loader(dataset, args, device, speaker=None, **options):
+    """A Loader with the workers that --workers says, or that suit the data; pinned memory on CUDA. speaker: who tells of a bad image, if not the process that met it."""
     innermost = dataset
     while hasattr(innermost, "dataset"):
         innermost = innermost.dataset
@@ -253,7 +254,7 @@ def make_loader(dataset, args, device, **options):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # a scheduler may grant fewer than there are
         workers = 0 if isinstance(innermost, data.FashionMNIST) else min(8, cores)
     context = "fork" if workers and sys.platform == "linux" else None  # those of a forkserver, Python 3.14's default, outlive a run that is killed
-    return Loader(dataset, args.skip_bad_images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+    return Loader(dataset, args.skip_bad_images, processes()[0] if speaker is None else speaker, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
                   multiprocessing_context=context, **options)
 
 
@@ -323,14 +324,15 @@ def write_file(path, content, append=False):
 
 
 @torch.inference_mode()
-def measure(model, loader, device, amp=None, name="evaluate"):
+def measure(model, loader, device, amp=None, name="evaluate", dense=None):
     """Run inference, tokens really dropped, over a loader of (images, labels): of several processes each over its own.
 
     Returns a dict: top1, top5 (percent), flops_ratio (r per image, averaged), gflops (multiply-adds
-    per image / 1e9), kept (mean tokens after each block), images.
+    per image / 1e9), kept (mean tokens after each block), images. With dense, its dense twin (or, where it is dense, the model itself),
+    also dense_top1, dense_top5, dense_gflops, and kl, how far its predictions are from the dense ones (nats per image).
     """
     model.eval()
-    sums = torch.zeros(4 + model.config.depth, dtype=torch.float64)  # images, top-1 hits, top-5 hits, r, tokens kept
+    sums = torch.zeros(7 + model.config.depth, dtype=torch.float64)  # images; top-1, top-5 hits; dense ones; r; KL; tokens kept
     progress, batches = Progress(), len(loader)
     for step, (images, labels) in enumerate(loader, 1):
         if not len(images):  # none that could be read
@@ -338,22 +340,32 @@ def measure(model, loader, device, amp=None, name="evaluate"):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with amp_context(device, amp):
             logits, kept = model(images)  # (B, classes), (depth, B)
-        best = logits.float().topk(min(5, logits.shape[1])).indices == labels[:, None]  # (B, 5)
+            wanted = logits if dense in (None, model) else dense.eval()(images)[0]  # (B, classes)
+        best = [some.float().topk(min(5, some.shape[1])).indices == labels[:, None] for some in (logits, wanted)]  # (B, 5) each
+        hits = [hit for some in best for hit in (some[:, 0].sum(), some.sum())]
         kept = kept.cpu().double()
-        sums += torch.cat([torch.tensor([len(images), best[:, 0].sum(), best.sum(), flops_ratio(kept, model.config) * len(images)], dtype=torch.float64), kept.sum(1)])
+        means = torch.stack([flops_ratio(kept, model.config), kl_divergence(logits, wanted).cpu()])
+        sums += torch.cat([torch.tensor([len(images), *hits], dtype=torch.float64), means * len(images), kept.sum(1)])
         progress.show(f"{name}: {int(sums[0])} images, top-1 {100 * sums[1] / sums[0]:.2f} %", step, batches)
-    images, top1, top5, ratio, *kept = total(sums).tolist()
+    images, *hits, ratio, kl = total(sums[:7]).tolist()
     if not images:
         stop("none of the images could be read")
-    return {"top1": 100 * top1 / images, "top5": 100 * top5 / images, "flops_ratio": ratio / images,
-            "gflops": ratio / images * model_flops(model.config) / 1e9, "kept": [tokens / images for tokens in kept], "images": int(images)}
+    top1, top5, dense_top1, dense_top5 = (100 * count / images for count in hits)
+    gflops = model_flops(model.config) / 1e9
+    beside = {"dense_top1": dense_top1, "dense_top5": dense_top5, "dense_gflops": gflops, "kl": kl / images} if dense else {}
+    return {"top1": top1, "top5": top5, "flops_ratio": ratio / images, "gflops": ratio / images * gflops,
+            "kept": (total(sums[7:]) / images).tolist(), "images": int(images)} | beside
 
 
 def measure_both(model, loader, device, amp=None):
-    """measure() of the model, and of its dense twin as dense_top1, dense_top5 and dense_gflops."""
-    dense = measure(dense_twin(model), loader, device, amp, "dense")
-    reduced = dense if model.method == "dense" else measure(model, loader, device, amp, model.method)
-    return reduced | {f"dense_{key}": dense[key] for key in ("top1", "top5", "gflops")}
+    """measure() of the model with its dense twin."""
+    return measure(model, loader, device, amp, model.method, model if model.method == "dense" else dense_twin(model))
+
+
+def kl_divergence(logits, wanted):
+    """KL divergence of the predictions in logits (B, classes) from those in wanted (B, classes), in nats, the mean over images."""
+    logits, wanted = (some.float().log_softmax(1) for some in (logits, wanted))
+    return F.kl_div(logits, wanted, reduction="batchmean", log_target=True)
 
 
 def report(metrics, name, method, tokens=None):
@@ -364,6 +376,7 @@ def report(metrics, name, method, tokens=None):
             f"  dense    top-1 {metrics['dense_top1']:6.2f} %   top-5 {metrics['dense_top5']:6.2f} %   {metrics['dense_gflops']:.3g} GFLOPs per image\n"
             f"  reduced  top-1 {metrics['top1']:6.2f} %   top-5 {metrics['top5']:6.2f} %   {metrics['gflops']:.3g} GFLOPs per image\n"
             f"  r = {metrics['flops_ratio']:.3f}{target}: {100 - 100 * metrics['flops_ratio']:.1f} % fewer FLOPs, top-1 changes by {metrics['top1'] - metrics['dense_top1']:+.2f} points\n"
+            f"  predictions differ from the dense ones by a KL divergence of {metrics['kl']:.2g}\n"
             f"  tokens after each block{counts}")
 
 
@@ -628,10 +641,10 @@ def draw_overview(model, loader, classes, args, device, name):
 # Thresholds by the share that they remove
 
 
-def set_rank(step, masker, scores, rank):
-    """Put a threshold where "merge" or "prune" removes a share of its scores (see set_shares): its rank, from 0 (off) to 1 (all; of similarities those above 0)."""
+def at_rank(step, scores, rank):
+    """The threshold () by which "merge" or "prune" removes a share of its scores (see set_shares). rank: that share, from 0 (off) to 1 (all; of similarities those above 0)."""
     place = (1 - rank if step == "merge" else rank) * (len(scores) - 1)  # the most similar merge, the least important go
-    masker.threshold.data.copy_(torch.lerp(scores[math.floor(place)], scores[math.ceil(place)], place % 1)).clamp_(0, 1)
+    return torch.lerp(scores[math.floor(place)], scores[math.ceil(place)], place % 1).clamp(0, 1)
 
 
 @torch.no_grad()
@@ -646,7 +659,7 @@ def set_shares(model, images, shares):
     def place(step, masker, inputs):
         found = inputs[0][inputs[0].isfinite()]
         scores[masker] = torch.cat([found, found.new_tensor([float(step == "merge")])]).sort().values
-        set_rank(step, masker, scores[masker], shares[step])
+        masker.threshold.data.copy_(at_rank(step, scores[masker], shares[step]))
 
     for block in model.blocks:
         for step in ltmp.METHODS[model.method]:
@@ -901,7 +914,7 @@ def main(argv=None):
                        metavar="METHOD", help="(default: all six)")
     group.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs for each method and target (default: %(default)s)")
     group.add_argument("--limit-train", type=positive, metavar="N", help="learn on N images, evenly spread (default: all)")
-    group.add_argument("--recipe", type=one_of(("paper", "adaptive")), metavar="RECIPE", help="how to learn them: paper or adaptive (default: train.py's)")
+    group.add_argument("--recipe", type=one_of(("paper", "adaptive")), metavar="RECIPE", help="how to learn them: paper or adaptive (default: as train.py)")
     args = parser.parse_args(argv)
     try:  # whatever is wrong with the input
         device = find_device(args.device)
@@ -950,4 +963,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        stop("stopped", 130)

@@ -322,7 +322,7 @@ def attend(q, k, v, size, mask):
 MAX_RATIO = 1.0
 
 
-def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, first):
+def attend_backward(q, k, v, size, mask, out, attn, log_sum, d_out, d_importance, first):
     """The gradient of attend, that of the mask included.
 
     The mask is a factor, so that it has a gradient also where it is 0: what a dead token would add.
@@ -331,7 +331,7 @@ def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, fir
 
     M tokens an image: before `first` they are alive in every image, from N on they are dead in every image.
 
-    q, k, v (B, H, M, D), size, mask (B, M), attn (B, H, M, N), log_sum (B, H, M, 1) with attn = exp(logits - log_sum),
+    q, k, v, out (B, H, M, D), size, mask (B, M), attn (B, H, M, N), log_sum (B, H, M, 1) with attn = exp(logits - log_sum),
     d_out (B, H, M, D), 0 for the dead, d_importance (B, M)
     -> d_q, d_k, d_v (B, H, N, D), d_size (B, N), which are 0 from N on, and d_mask (B, M).
     """
@@ -343,7 +343,7 @@ def attend_backward(q, k, v, size, mask, attn, log_sum, d_out, d_importance, fir
     live, each = mask[:, None, :N, None], (d_importance / (count * H))[:, None, :, None]  # (B, 1, N, 1), (B, 1, M, 1)
     left = torch.cat([d_out, live.expand(-1, H, -1, -1).to(q.dtype)], -1)  # (B, H, N, D + 1)
     right = torch.cat([v, each.expand(-1, H, -1, -1).to(q.dtype)], -1)  # (B, H, M, D + 1)
-    row_mean = (d_out.float() * (attn.to(v.dtype) @ v[:, :, :N])).sum(-1, keepdim=True) + live / (count * H)[:, None, None] * seen[:, :, :N]
+    row_mean = (d_out.float() * out[:, :, :N]).sum(-1, keepdim=True) + live / (count * H)[:, None, None] * seen[:, :, :N]
     d_attn = (left @ right.transpose(-2, -1)).float().sub_(row_mean)  # (B, H, N, M)
     d_logits = attn * d_attn[..., :N]  # (B, H, N, N)
     d_live = d_logits.sum((1, 2))  # (B, N), d loss / d log(m_j s_j)
@@ -391,17 +391,18 @@ class MaskedAttention(torch.autograd.Function):
                 together[0][images, :, :queries], together[1][images, :n] = out, importance
             if training:
                 kept += [attn, logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()]  # log_sum, at the largest logit
-        ctx.save_for_backward(q, k, v, size, mask, *kept)
-        return together or (out, importance)
+        out, importance = together or (out, importance)
+        ctx.save_for_backward(q, k, v, size, mask, out, *kept)
+        return out, importance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_importance):
-        q, k, v, size, mask, *kept = ctx.saved_tensors
+        q, k, v, size, mask, out, *kept = ctx.saved_tensors
         inputs = (q, k, v, size, mask)
         grads = [torch.zeros_like(t) for t in inputs]
         for (images, first, n), attn, log_sum in zip(ctx.parts, kept[::2], kept[1::2]):
-            found = attend_backward(*(t[images] for t in inputs), attn, log_sum, d_out[images], d_importance[images], first)
+            found = attend_backward(*(t[images] for t in inputs), out[images], attn, log_sum, d_out[images], d_importance[images], first)
             for grad, part in zip(grads[:3], found):
                 grad[images, :, :n] = part
             grads[3][images, :n], grads[4][images] = found[3:]
