@@ -328,8 +328,8 @@ def measure(model, loader, device, amp=None, name="evaluate", dense=None):
     """Run inference, tokens really dropped, over a loader of (images, labels): of several processes each over its own.
 
     Returns a dict: top1, top5 (percent), flops_ratio (r per image, averaged), gflops (multiply-adds
-    per image / 1e9), kept (mean tokens after each block), images. With dense, its dense twin (or, where it is dense, the model itself),
-    also dense_top1, dense_top5, dense_gflops, and kl, how far its predictions are from the dense ones (nats per image).
+    per image / 1e9), kept (mean tokens after each block), images. With dense, which gives the dense twin's logits for (step, images),
+    also dense_top1, dense_top5, dense_gflops, and kl, how far the predictions are from the dense ones (nats per image).
     """
     model.eval()
     sums = torch.zeros(7 + model.config.depth, dtype=torch.float64)  # images; top-1, top-5 hits; dense ones; r; KL; tokens kept
@@ -340,7 +340,7 @@ def measure(model, loader, device, amp=None, name="evaluate", dense=None):
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with amp_context(device, amp):
             logits, kept = model(images)  # (B, classes), (depth, B)
-            wanted = logits if dense in (None, model) else dense.eval()(images)[0]  # (B, classes)
+            wanted = dense(step, images) if dense else logits  # (B, classes)
         best = [some.float().topk(min(5, some.shape[1])).indices == labels[:, None] for some in (logits, wanted)]  # (B, 5) each
         hits = [hit for some in best for hit in (some[:, 0].sum(), some.sum())]
         kept = kept.cpu().double()
@@ -357,9 +357,13 @@ def measure(model, loader, device, amp=None, name="evaluate", dense=None):
             "kept": (total(sums[7:]) / images).tolist(), "images": int(images)} | beside
 
 
-def measure_both(model, loader, device, amp=None):
-    """measure() of the model with its dense twin."""
-    return measure(model, loader, device, amp, model.method, model if model.method == "dense" else dense_twin(model))
+def measure_both(model, loader, device, amp=None, dense=None):
+    """measure() of the model beside its dense twin. dense: as there, by default the twin itself."""
+    if model.method == "dense":
+        found = measure(model, loader, device, amp, "dense")
+        return found | {f"dense_{key}": found[key] for key in ("top1", "top5", "gflops")} | {"kl": 0.0}
+    twin = None if dense else dense_twin(model).eval()
+    return measure(model, loader, device, amp, model.method, dense or (lambda step, images: twin(images)[0]))
 
 
 def kl_divergence(logits, wanted):
@@ -776,14 +780,20 @@ def fixed_count(config, target):
 
 
 def frontier(name, state, loader, args, device):
-    """Top-1 against r of all methods at --targets, thresholds by train.py, one run a method, target and seed.
+    """Top-1, and KL from the dense predictions, against r of all methods at --targets, thresholds by train.py, one run a method, target and seed.
 
     Writes into the folder --frontier: the runs, frontier.csv and frontier.json (a row for each), and
     frontier.png where matplotlib is at hand. What is there already is not made again. Returns the rows.
     """
     folder, rows = Path(args.frontier), []
     build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)  # and the method
-    dense = build("dense")
+    dense, known = build("dense").to(device).eval(), {}
+
+    def dense_logits(step, images):
+        if step not in known:
+            known[step] = dense(images)[0]
+        return known[step]  # (B, classes), asked once for all runs
+
     fixed = ("tome", "topk")  # no chance in these: one seed
     plan = [("dense", 1.0, 0)] + [(method, target, 0) for method in args.methods if method in fixed for target in args.targets]
     plan += [(method, target, seed) for seed in range(args.seed, args.seed + args.seeds)
@@ -807,32 +817,36 @@ def frontier(name, state, loader, args, device):
                     if code:
                         stop(f"{run.name}: train.py ended with code {code}; the same command goes on from there")
                 model = ltmp.load_thresholds(build(method), run / "thresholds.json")
-            write_file(found, json.dumps(measure(model.to(device), loader, device, args.amp, run.name), indent=1))
+            write_file(found, json.dumps(measure_both(model.to(device), loader, device, args.amp, dense_logits), indent=1))
         metrics = json.loads(found.read_text())
         rows.append({"method": method, "target": target, "seed": seed, "r": metrics["flops_ratio"], "top1": metrics["top1"],
-                     "top5": metrics["top5"], "images": metrics["images"]})
+                     "top5": metrics["top5"], "kl": metrics["kl"], "images": metrics["images"]})
         write_file(folder / "frontier.json", json.dumps(rows, indent=1))
         write_file(folder / "frontier.csv", "\n".join(",".join(map(str, row)) for row in [list(rows[0]), *map(dict.values, rows)]) + "\n")
     return rows
 
 
 def frontier_points(rows):
-    """Rows of frontier -> {method: [(target, mean r, mean top-1, half the range of top-1 over seeds)]}."""
+    """Rows of frontier -> {method: [(target, mean r, {"top1": (mean, half the range over seeds), "kl": the same of it})]}."""
     groups = {}
     for row in rows:
         groups.setdefault(row["method"], {}).setdefault(row["target"], []).append(row)
-    return {method: [(target, statistics.mean(row["r"] for row in some), statistics.mean(row["top1"] for row in some),
-                      (max(row["top1"] for row in some) - min(row["top1"] for row in some)) / 2)
+
+    def of_seeds(values):
+        return statistics.mean(values), (max(values) - min(values)) / 2
+
+    return {method: [(target, statistics.mean(row["r"] for row in some), {key: of_seeds([row[key] for row in some]) for key in ("top1", "kl")})
                      for target, some in sorted(targets.items())] for method, targets in groups.items()}
 
 
 def frontier_report(points):
-    """The table of frontier_points as text, one column a method."""
-    dense, methods = points["dense"][0][2], [method for method in points if method != "dense"]
-    lines = [f"top-1 at r, +- half the range over seeds; dense {dense:.2f} %",
-             f"{'target':<8}" + "".join(f"{method:>25}" for method in methods)]
-    for row in zip(*(points[method] for method in methods)):
-        lines.append(f"{row[0][0]:<8g}" + "".join(f"{f'{top1:.2f} +- {spread:.2f} at {r:.3f}':>25}" for _, r, top1, spread in row))
+    """The two tables of frontier_points as text, one column a method."""
+    dense, methods, lines = points["dense"][0][2]["top1"][0], [method for method in points if method != "dense"], []
+    for key, digits, head in (("top1", 2, f"top-1 at r, +- half the range over seeds; dense {dense:.2f} %"), ("kl", 4, "KL from the dense predictions at r, the same")):
+        lines += [head, f"{'target':<8}" + "".join(f"{method:>27}" for method in methods)]
+        for row in zip(*(points[method] for method in methods)):
+            cells = [f"{found[key][0]:.{digits}f} +- {found[key][1]:.{digits}f} at {r:.3f}" for _, r, found in row]
+            lines.append(f"{row[0][0]:<8g}" + "".join(f"{cell:>27}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -845,17 +859,20 @@ def plot_frontier(points, path):
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for method, some in points.items():
-        if method == "dense":
-            axes.axhline(some[0][2], color="black", linewidth=1, label="dense")
-            continue
-        _, r, top1, spread = zip(*some)
-        learned = method not in ("tome", "topk")
-        axes.errorbar(r, top1, spread, marker="o" if learned else "s", markersize=4, linestyle="-" if learned else "--", capsize=3, label=method)
-    axes.set(xlabel="r, share of the dense FLOPs", ylabel="top-1 (%)")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    for axes, key in zip(panels, ("top1", "kl")):
+        for method, some in points.items():
+            if method == "dense":
+                continue
+            r, values, spread = zip(*((r, *found[key]) for _, r, found in some))
+            learned = method not in ("tome", "topk")
+            axes.errorbar(r, values, spread, marker="o" if learned else "s", markersize=4, linestyle="-" if learned else "--", capsize=3, label=method)
+        axes.grid(alpha=0.3)
+        axes.set_xlabel("r, share of the dense FLOPs")
+    panels[0].axhline(points["dense"][0][2]["top1"][0], color="black", linewidth=1, label="dense")
+    panels[0].set_ylabel("top-1 (%)")
+    panels[1].set(ylabel="KL from the dense predictions (nats per image)", yscale="log")
+    panels[0].legend()
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=120)
     plt.close(figure)
@@ -907,7 +924,7 @@ def main(argv=None):
     group.add_argument("--share", type=share, metavar="SHARE", help="no --thresholds, but each merges or prunes this share of what it meets")
     group.add_argument("--repeats", type=positive, default=7, metavar="N", help="medians are shown (default: %(default)s)")
     group = parser.add_argument_group("frontier")
-    group.add_argument("--frontier", metavar="DIR", help="top-1 against r of every method: learn thresholds for --targets by train.py, evaluate, "
+    group.add_argument("--frontier", metavar="DIR", help="top-1 and KL against r of every method: learn thresholds for --targets by train.py, evaluate, "
                        "and write a table and a plot there; goes on where it was stopped")
     group.add_argument("--targets", type=share, nargs="+", default=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9], metavar="R", help="(default: 0.3 0.4 ... 0.9)")
     group.add_argument("--methods", type=one_of([m for m in ltmp.METHODS if m != "dense"]), nargs="+", default=["ltmp", "ltm", "ltp", "ltpm", "tome", "topk"],

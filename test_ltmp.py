@@ -1398,7 +1398,7 @@ def test_steer_goes_where_the_kl_falls_and_r_stays_and_back_to_the_target():
         torch.testing.assert_close(direction(gradient, distance) - along, back * unit)
     averages = [torch.zeros(1) for _ in gradient]
     direction(gradient, 0.0, averages), direction(-2 * gradient, 0.0, averages)
-    torch.testing.assert_close(torch.cat(averages), 0.9 * 0.1 * gradient - 0.1 * 2 * gradient)
+    torch.testing.assert_close(torch.cat(averages), 0.97 * 0.03 * gradient - 0.03 * 2 * gradient)
 
 
 @pytest.mark.parametrize("method", ["ltmp", "ltp"])
@@ -1608,6 +1608,10 @@ def test_frontier_learns_evaluates_and_goes_on(tmp_path, capsys, monkeypatch):
     assert [(row["method"], row["target"]) for row in rows] == [("dense", 1.0), ("tome", 0.6), ("ltm", 0.6)]
     assert all(row["images"] == 100 and row["r"] == pytest.approx(row["target"], abs=0.05) for row in rows)
     assert (tmp_path / "frontier.csv").read_text().count("\n") == 4
+    evaluate.main(["--thresholds", str(tmp_path / "ltm-0.6-0" / "thresholds.json"), "--limit-val", "100", "--json", str(tmp_path / "alone.json")])
+    alone = read(tmp_path / "alone.json")
+    assert capsys.readouterr().out and rows[2]["kl"] == pytest.approx(alone["kl"], rel=1e-3) and rows[2]["top1"] == alone["top1"]
+    assert rows[0]["kl"] == 0 < min(row["kl"] for row in rows[1:]) and rows[0]["top1"] == alone["dense_top1"]
 
     monkeypatch.setattr(evaluate.subprocess, "run", None)  # nothing is learned or evaluated twice
     with pytest.raises(SystemExit):
@@ -1632,11 +1636,11 @@ def test_where_a_run_of_the_frontier_fails_it_says_how_to_go_on(tiny, tmp_path, 
 
 
 def test_frontier_points_are_means_over_seeds_with_their_spread():
-    rows = [{"method": "dense", "target": 1.0, "seed": 0, "r": 1.0, "top1": 90.0}]
-    rows += [{"method": "ltmp", "target": 0.5, "seed": seed, "r": 0.5 + 0.01 * seed, "top1": 88.0 + seed} for seed in (0, 1)]
+    rows = [{"method": "dense", "target": 1.0, "seed": 0, "r": 1.0, "top1": 90.0, "kl": 0.0}]
+    rows += [{"method": "ltmp", "target": 0.5, "seed": seed, "r": 0.5 + 0.01 * seed, "top1": 88.0 + seed, "kl": 0.002 * (1 + seed)} for seed in (0, 1)]
     points = evaluate.frontier_points(rows)
-    assert points["ltmp"] == [(0.5, pytest.approx(0.505), 88.5, 0.5)]
-    assert "88.50 +- 0.50 at 0.505" in evaluate.frontier_report(points)
+    assert points["ltmp"] == [(0.5, pytest.approx(0.505), {"top1": (88.5, 0.5), "kl": pytest.approx((0.003, 0.001))})]
+    assert all(cell in evaluate.frontier_report(points) for cell in ("88.50 +- 0.50 at 0.505", "0.0030 +- 0.0010 at 0.505"))
 
 
 def test_fixed_count_is_the_nearest():

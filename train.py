@@ -100,12 +100,12 @@ def make_optimizer(model, args, total_steps, ranks):
 def steer(ranks, averages, d_r, distance):
     """Turn rank.grad, d KL / d rank, into a direction: where the KL falls while r stays, and back to the target, distance = r - target.
 
-    The gradient is averaged over about ten steps, in averages. Then only directions count, so that no learning rate depends on the model, the data or the target.
+    The gradient is averaged over about thirty steps, in averages: over ten it is noise for the larger part. Then only directions count, so that no learning rate depends on the model, the data or the target.
     The part along r's direction is taken out, since r is to stay; what brings r back is the second term, in full from 0.02 on (batches differ by 0.01 by chance).
     averages: as ranks a list of (1,), changed in place. d_r: (ranks,), d r / d rank.
     """
     for average, rank in zip(averages, ranks):
-        average.lerp_(rank.grad, 0.1)
+        average.lerp_(rank.grad, 0.03)
     d_kl, d_r = torch.cat(averages), F.normalize(d_r, dim=0)  # (ranks,) each
     along = d_kl - (d_kl @ d_r) * d_r
     direction = F.normalize(along, dim=0) + min(max(distance / 0.02, -1), 1) * d_r
