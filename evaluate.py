@@ -229,23 +229,23 @@ def own_share(dataset):
 class Loader(torch.utils.data.DataLoader):
     """Batches (images, labels) of the images that can be read; the others are in .bad: index -> what is wrong.
 
-    skip=False: the first that cannot be read ends the program, told by the process `speaker`. A batch without any good image is there, but empty.
+    skip=False: the first that cannot be read ends the program, told by the process that met it. A batch without any good image is there, but empty.
     """
 
-    def __init__(self, dataset, skip, speaker, **options):
+    def __init__(self, dataset, skip, **options):
         super().__init__(data.Readable(dataset), collate_fn=data.collate, **options)
-        self.skip, self.speaker, self.bad = skip, speaker, {}
+        self.skip, self.bad = skip, {}
 
     def __iter__(self):
         for images, labels, bad in super().__iter__():
             if bad and not self.skip:
-                stop(f"{next(iter(bad.values()))}; --skip-bad-images goes on without such", speaker=self.speaker)
+                stop(f"{next(iter(bad.values()))}; --skip-bad-images goes on without such", speaker=processes()[0])
             self.bad |= bad
             yield images, labels
 
 
-def make_loader(dataset, args, device, speaker=None, **options):
-    """A Loader with the workers that --workers says, or that suit the data; pinned memory on CUDA. speaker: who tells of a bad image, if not the process that met it."""
+def make_loader(dataset, args, device, **options):
+    """A Loader with the workers that --workers says, or that suit the data; pinned memory on CUDA."""
     innermost = dataset
     while hasattr(innermost, "dataset"):
         innermost = innermost.dataset
@@ -254,7 +254,7 @@ def make_loader(dataset, args, device, speaker=None, **options):
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1  # a scheduler may grant fewer than there are
         workers = 0 if isinstance(innermost, data.FashionMNIST) else min(8, cores)
     context = "fork" if workers and sys.platform == "linux" else None  # those of a forkserver, Python 3.14's default, outlive a run that is killed
-    return Loader(dataset, args.skip_bad_images, processes()[0] if speaker is None else speaker, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
+    return Loader(dataset, args.skip_bad_images, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=ignore_signals,
                   multiprocessing_context=context, **options)
 
 
@@ -347,14 +347,15 @@ def measure(model, loader, device, amp=None, name="evaluate", dense=None):
         means = torch.stack([flops_ratio(kept, model.config), kl_divergence(logits, wanted).cpu()])
         sums += torch.cat([torch.tensor([len(images), *hits], dtype=torch.float64), means * len(images), kept.sum(1)])
         progress.show(f"{name}: {int(sums[0])} images, top-1 {100 * sums[1] / sums[0]:.2f} %", step, batches)
-    images, *hits, ratio, kl = total(sums[:7]).tolist()
+    sums = total(sums)
+    images, *hits, ratio, kl = sums[:7].tolist()
     if not images:
         stop("none of the images could be read")
     top1, top5, dense_top1, dense_top5 = (100 * count / images for count in hits)
     gflops = model_flops(model.config) / 1e9
     beside = {"dense_top1": dense_top1, "dense_top5": dense_top5, "dense_gflops": gflops, "kl": kl / images} if dense else {}
     return {"top1": top1, "top5": top5, "flops_ratio": ratio / images, "gflops": ratio / images * gflops,
-            "kept": (total(sums[7:]) / images).tolist(), "images": int(images)} | beside
+            "kept": (sums[7:] / images).tolist(), "images": int(images)} | beside
 
 
 def measure_both(model, loader, device, amp=None, dense=None):
@@ -367,7 +368,7 @@ def measure_both(model, loader, device, amp=None, dense=None):
 
 
 def kl_divergence(logits, wanted):
-    """KL divergence of the predictions in logits (B, classes) from those in wanted (B, classes), in nats, the mean over images."""
+    """How far predictions are from wanted ones: the mean over images of sum_c p_c log(p_c / q_c), in nats; p, q: softmax of wanted, logits (B, classes)."""
     logits, wanted = (some.float().log_softmax(1) for some in (logits, wanted))
     return F.kl_div(logits, wanted, reduction="batchmean", log_target=True)
 
@@ -380,7 +381,7 @@ def report(metrics, name, method, tokens=None):
             f"  dense    top-1 {metrics['dense_top1']:6.2f} %   top-5 {metrics['dense_top5']:6.2f} %   {metrics['dense_gflops']:.3g} GFLOPs per image\n"
             f"  reduced  top-1 {metrics['top1']:6.2f} %   top-5 {metrics['top5']:6.2f} %   {metrics['gflops']:.3g} GFLOPs per image\n"
             f"  r = {metrics['flops_ratio']:.3f}{target}: {100 - 100 * metrics['flops_ratio']:.1f} % fewer FLOPs, top-1 changes by {metrics['top1'] - metrics['dense_top1']:+.2f} points\n"
-            f"  predictions differ from the dense ones by a KL divergence of {metrics['kl']:.2g}\n"
+            f"  predictions differ from the dense ones by a KL divergence of {metrics['kl']:.2g} nats\n"
             f"  tokens after each block{counts}")
 
 
@@ -779,20 +780,20 @@ def fixed_count(config, target):
     return min(range(config.num_tokens // 2 + 1), key=lambda count: abs(r(count) - target))
 
 
-def frontier(name, state, loader, args, device):
+def frontier(name, state, dense, loader, args, device):
     """Top-1, and KL from the dense predictions, against r of all methods at --targets, thresholds by train.py, one run a method, target and seed.
 
     Writes into the folder --frontier: the runs, frontier.csv and frontier.json (a row for each), and
-    frontier.png where matplotlib is at hand. What is there already is not made again. Returns the rows.
+    frontier.png where matplotlib is at hand. What is there already is not made again. name, state: of the model dense. Returns the rows.
     """
     folder, rows = Path(args.frontier), []
     build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)  # and the method
-    dense, known = build("dense").to(device).eval(), {}
+    known = {}  # the dense logits of every batch, asked once for all reduced runs
 
     def dense_logits(step, images):
         if step not in known:
             known[step] = dense(images)[0]
-        return known[step]  # (B, classes), asked once for all runs
+        return known[step]  # (B, classes)
 
     fixed = ("tome", "topk")  # no chance in these: one seed
     plan = [("dense", 1.0, 0)] + [(method, target, 0) for method in args.methods if method in fixed for target in args.targets]
@@ -802,7 +803,7 @@ def frontier(name, state, loader, args, device):
               if (value := getattr(args, flag)) is not None] + (["--no-amp"] if args.amp is False else []) + ["--skip-bad-images"] * args.skip_bad_images
     for i, (method, target, seed) in enumerate(plan, 1):
         run = folder / f"{method}-{target:g}-{seed}"
-        found = run / f"test-{len(loader.dataset)}.json"
+        found = run / f"metrics-{len(loader.dataset)}.json"
         if not found.exists():
             print(f"{i}/{len(plan)}: {run.name}", file=sys.stderr, flush=True)
             if method == "dense":
@@ -842,11 +843,11 @@ def frontier_points(rows):
 def frontier_report(points):
     """The two tables of frontier_points as text, one column a method."""
     dense, methods, lines = points["dense"][0][2]["top1"][0], [method for method in points if method != "dense"], []
-    for key, digits, head in (("top1", 2, f"top-1 at r, +- half the range over seeds; dense {dense:.2f} %"), ("kl", 4, "KL from the dense predictions at r, the same")):
-        lines += [head, f"{'target':<8}" + "".join(f"{method:>27}" for method in methods)]
+    for key, digits, head in (("top1", 2, f"top-1 at r, +- half the range over seeds; dense {dense:.2f} %"), ("kl", 5, "KL from the dense predictions (nats per image) at r, the same")):
+        lines += [head, f"{'target':<8}" + "".join(f"{method:>29}" for method in methods)]
         for row in zip(*(points[method] for method in methods)):
             cells = [f"{found[key][0]:.{digits}f} +- {found[key][1]:.{digits}f} at {r:.3f}" for _, r, found in row]
-            lines.append(f"{row[0][0]:<8g}" + "".join(f"{cell:>27}" for cell in cells))
+            lines.append(f"{row[0][0]:<8g}" + "".join(f"{cell:>29}" for cell in cells))
     return "\n".join(lines)
 
 
@@ -966,7 +967,7 @@ def main(argv=None):
         return args.json and write_file(args.json, json.dumps(rows, indent=1))
     loader = make_loader(own_share(data.subset(val_set, args.limit_val)), args, device, batch_size=args.batch_size or 128)
     if args.frontier:
-        points = frontier_points(frontier(name, state, loader, args, device))
+        points = frontier_points(frontier(name, state, model.eval(), loader, args, device))
         print(frontier_report(points))
         say_skipped(loader.bad.values())
         return plot_frontier(points, Path(args.frontier) / "frontier.png")

@@ -46,14 +46,14 @@ def parse_args(argv=None):
     parser.add_argument("--target", type=evaluate.share, default=0.75, help="FLOPs to end at, as a share of dense (default: %(default)s)")
     parser.add_argument("--epochs", type=evaluate.positive, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--recipe", type=evaluate.one_of(RECIPES), metavar="RECIPE", help="paper: SGD, as published; adaptive: start and end where r is the target, "
-                        "learn from the dense predictions, labels unused (default: paper for the models named patch16_224, at 224 pixels; else adaptive)")
+                        "learn from the dense predictions, labels unused (default: paper for the models named patch16_224, at 224 pixels, and for dense; else adaptive)")
     parser.add_argument("--lr", type=evaluate.number, nargs=2, metavar=("PRUNE", "MERGE"), help="learning rates of the prune and merge thresholds "
-                        "(default: 5e-6 5e-3; adaptive: 0.15 0.15, the length of a step of all ranks together, in shares of what they meet, divided by the root of the number of steps)")
+                        "(default: 5e-6 5e-3; adaptive: 0.15 0.15, two times the same: about the length of a step of all ranks together, in shares of what they meet, times the root of the number of steps)")
     parser.add_argument("--lr-backbone", type=evaluate.number, metavar="LR", help="learning rate of the weights: AdamW, 1e-4 by default, for "
-                        "--method dense; beside thresholds the weights are frozen unless this is given, then SGD")
+                        "--method dense; beside thresholds the weights are frozen unless this is given, then SGD; adaptive teaches them the predictions that they came with, paper the labels")
     parser.add_argument("--patch-drop", type=evaluate.share, default=0.0, metavar="SHARE", help="with --method dense: leave out this share of the "
                         "patches, drawn anew for each image, in the first three quarters of the steps; faster (default: %(default)s)")
-    parser.add_argument("--reg-weight", type=evaluate.number, default=10.0, metavar="LAMBDA", help="weight of (r - target)^2 in the loss of the paper's recipe (default: %(default)s)")
+    parser.add_argument("--reg-weight", type=evaluate.number, metavar="LAMBDA", help="weight of (r - target)^2 in the loss of the paper's recipe (default: 10)")
     parser.add_argument("--tau", type=evaluate.number, help="temperature of the thresholds' gradient (default: 0.1; adaptive: 0.5, in units of the scores' interquartile range)")
     parser.add_argument("--limit-train", type=evaluate.positive, metavar="N", help="train on N images, evenly spread (default: all)")
     parser.add_argument("--out", type=Path, default=Path("out"), metavar="DIR", help="folder for the results (default: %(default)s)")
@@ -66,9 +66,14 @@ def parse_args(argv=None):
         parser.error("--patch-drop goes with --method dense")
     args.model = evaluate.default_model(args)
     published = args.model.endswith("patch16_224") and args.image_size in (None, 224)  # what the paper's numbers were found for
-    args.recipe = args.recipe or ("paper" if published else "adaptive")
+    args.recipe = args.recipe or ("paper" if published or args.method == "dense" else "adaptive")
     args.batch_size = args.batch_size or RECIPES[args.recipe]["batch_size"]
     args.lr = args.lr or RECIPES[args.recipe]["lr"]
+    if args.recipe == "adaptive" and args.lr[0] != args.lr[1]:
+        parser.error(f"--lr must be two times the same for the recipe adaptive, whose steps have one length for all ranks; got {args.lr[0]:g} {args.lr[1]:g}")
+    if args.recipe == "adaptive" and args.reg_weight is not None:
+        parser.error("--reg-weight goes with --recipe paper: adaptive is led to the target, not pushed")
+    args.reg_weight = 10.0 if args.reg_weight is None else args.reg_weight
     args.tau = RECIPES[args.recipe]["tau"] if args.tau is None else args.tau
     args.lr_backbone = 1e-4 if args.lr_backbone is None and args.method == "dense" else args.lr_backbone
     return args
@@ -203,7 +208,7 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None, d
             all_entropy, all_quality, r, top1, stopped = evaluate.total(torch.stack([cross_entropy, quality, ratio, hits, flag]).detach()).tolist()
             distance = r - args.target + (ratio - ratio.detach())  # over all processes, with the gradient of this one's images
             reg_weight = 0 if ranks or not thresholds else args.reg_weight  # the paper's term of the loss; ranks are steered
-            loss = quality + reg_weight * distance**2
+            loss = quality + reg_weight * distance**2 if reg_weight else quality
             all_loss = all_quality + reg_weight * (r - args.target) ** 2
             optimizer.zero_grad()
             for _, masker in thresholds:
@@ -235,7 +240,7 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None, d
                     masker.threshold.data.clamp_(0, 1)
             step += 1
 
-            evaluate.write_file(log, f"{step},{all_loss:.6f},{all_entropy:.6f},{r:.6f},{100 * top1:.3f}\n", append=True)
+            evaluate.write_file(log, f"{step},{all_loss:.6g},{all_entropy:.6g},{r:.6f},{100 * top1:.3f}\n", append=True)
             speed = (step - first) * batch_size / (time.time() - progress.start)
             goal = f"r {r:.3f} (target {args.target:g})" if thresholds else f"top-1 {100 * top1:.1f} %"
             progress.show(f"train: step {step}/{total_steps}, {speed:.0f} images/s, loss {all_loss:.3g}, {goal}", step - first, total_steps - first)
@@ -312,8 +317,9 @@ def r_gradient(model, images):
     """
     model.train().requires_grad_(False)
     thresholds = [masker.threshold.requires_grad_() for _, masker in threshold_maskers(model)]
-    found = [torch.autograd.grad(flops_ratio(model(some)[1], model.config), thresholds, materialize_grads=True) for some in images.split(8)]
-    return torch.stack([torch.cat(gradients) for gradients in found]).mean(0)
+    found = [torch.cat(torch.autograd.grad(flops_ratio(model(some)[1], model.config), thresholds, materialize_grads=True)) * len(some) / len(images)
+             for some in images.split(8)]
+    return torch.stack(found).sum(0)
 
 
 class OutOfReach(ValueError):
@@ -427,7 +433,7 @@ def result(model, name, args, images):
              for step in ("merge", "prune") if step in ltmp.METHODS[model.method]}
     return ltmp.seal({"model": name, "method": model.method, "target": args.target} | found | {
         "data": args.data or "embedded Fashion-MNIST", "weights": str(args.out / "last.pt") if args.lr_backbone is not None else args.weights or "the model's own", "images": images, "image_size": model.config.image_size,
-        "epochs": args.epochs, "batch_size": args.batch_size, "processes": evaluate.processes()[1], "recipe": args.recipe, "lr": args.lr, "reg_weight": args.reg_weight,
+        "epochs": args.epochs, "batch_size": args.batch_size, "processes": evaluate.processes()[1], "recipe": args.recipe, "lr": args.lr} | ({"reg_weight": args.reg_weight} if args.recipe == "paper" else {}) | {
         "tau": args.tau, "seed": args.seed, "version": ltmp.__version__})
 
 
@@ -468,7 +474,7 @@ def main(argv=None):
         else:
             train_set.transform = evaluate.clean_transform(config)  # augmented has its own
             plain = data.sample(data.subset(train_set, args.limit_train), 512, args.seed)
-            loader = evaluate.make_loader(plain, args, device, speaker=0, batch_size=64)  # every process loads the same
+            loader = evaluate.make_loader(plain, args, device, batch_size=64)  # every process loads the same
             batches = [images.to(device) for images, _ in loader if len(images)]
             if not batches:
                 evaluate.stop(f"none of {len(plain)} training images could be read")
@@ -483,7 +489,8 @@ def main(argv=None):
             for masker, found in scores.items():
                 masker.whole_gradient = True
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
-            d_r = agreed(r_gradient(model, batches[0]).cpu()).to(device)
+            with evaluate.amp_context(device, args.amp):
+                d_r = agreed(r_gradient(model, batches[0]).cpu()).to(device)
             skipped = learn(model, augmented, args, device, saved, scores, ranks, d_r) | set(loader.bad.values())
             with evaluate.amp_context(device, args.amp):
                 evaluate.say(f"landing: r = {land(model, batches, scores, ranks, args.target):.3f} on {sum(map(len, batches))} training images")
