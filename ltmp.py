@@ -129,7 +129,7 @@ class ThresholdMasker(nn.Module):
 
     def __init__(self, threshold, tau):
         super().__init__()
-        self.threshold = nn.Parameter(torch.tensor([float(threshold)]))
+        self.threshold = nn.Parameter(torch.tensor([float(threshold)], dtype=torch.float32))
         self.tau = tau
 
     def _apply(self, fn, recurse=True):
@@ -555,7 +555,7 @@ class LTMPViT(nn.Module):
         drop = not self.training if drop is None else drop
         x = self.patch_embed(images)  # (B, N - 1, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, N, C)
-        size = torch.ones(x.shape[:2], device=x.device)  # (B, N)
+        size = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)  # (B, N)
         mask = None if self.method == "dense" else torch.ones_like(size)  # (B, N)
         patches = torch.eye(x.shape[1], device=x.device)[:, 1:].expand(len(x), -1, -1) if trace else None  # (B, N, N - 1)
         kept, held_by, rows = [], [], None

@@ -228,6 +228,20 @@ def test_attention_logits_of_ten_thousand(method, monkeypatch):
     assert method == "dense" or max(seen) > 1e4
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_thresholds_and_counts_are_float32_whatever_the_default(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model = create_model("demo").eval()
+        with torch.inference_mode():
+            logits, kept = model(torch.zeros(1, 3, 28, 28))
+    finally:
+        torch.set_default_dtype(before)
+    assert logits.dtype == dtype and kept.dtype == model.blocks[0].merge_masker.threshold.dtype == torch.float32
+    assert model.blocks[0].merge_masker.threshold.item() == torch.tensor(0.9).item()
+
+
 def plain_step(key, importance, merge_at, prune_at, r):
     """Merge and prune of one image of n live tokens, token by token: key (n, D), importance (n,) -> what is left, in order, each as its sources."""
     key, importance, tokens, nearest = F.normalize(key, dim=-1), importance.tolist(), {i: [i] for i in range(len(key))}, {}

@@ -105,7 +105,7 @@ def make_optimizer(model, args, total_steps, ranks):
 def steer(ranks, averages, d_r, distance):
     """Turn rank.grad, d KL / d rank, into a direction: where the KL falls while r stays, and back to the target, distance = r - target.
 
-    The gradient is averaged over about thirty steps, in averages: over ten it is noise for the larger part. Then only directions count, so that no learning rate depends on the model, the data or the target.
+    The gradient is averaged over about thirty steps, in averages: over ten, the demo needed twice the images for the same KL. Then only directions count, so that no learning rate depends on the model, the data or the target.
     The part along r's direction is taken out, since r is to stay; what brings r back is the second term, in full from 0.02 on (batches differ by 0.01 by chance).
     averages: as ranks a list of (1,), changed in place. d_r: (ranks,), d r / d rank.
     """
