@@ -1554,6 +1554,26 @@ def test_landing_is_exact_and_refuses_what_cannot_be():
         train.start(model, [batch], 0.09)
 
 
+def test_pruning_stays_at_the_end_where_it_is_nearer_to_the_dense_predictions():
+    images = data.open_split(None, "train", evaluate.clean_transform(VARIANTS["demo"]))
+    batches = list(torch.stack([image for image, _ in data.subset(images, 16)]).split(10))
+    for block, pays in ((11, True), (0, False)):  # what the last block prunes, nobody has a use for
+        model = demo_model("ltmp")
+        _, scores, ranks = train.start(model, batches, 1.0)
+        ranks[2 * block + 1].fill_(0.6)
+        train.set_ranks(model, scores, ranks)
+        target = train.measured_r(model.eval(), batches)
+        r, (learned, merging) = train.settle(model, batches, scores, ranks, target)
+        assert (learned < merging) == pays and (ranks[2 * block + 1] > 0.5) == pays and (sum(ranks[::2]) == 0) == pays
+        assert r == pytest.approx(target, abs=0.003) and train.measured_r(model, batches) == pytest.approx(r, abs=1e-6)
+        twin, whole = evaluate.dense_twin(model).eval(), torch.cat(batches)
+        with torch.no_grad():  # the model is left as it was measured
+            assert evaluate.kl_divergence(model(whole)[0], twin(whole)[0]).item() == pytest.approx(min(learned, merging), abs=1e-7, rel=1e-3)
+    model = demo_model("ltp")
+    _, scores, ranks = train.start(model, batches, 0.8)
+    assert len(train.settle(model, batches, scores, ranks, 0.8)[1]) == 1  # nothing to choose
+
+
 def test_a_threshold_has_about_the_gradient_of_finite_differences():
     model = demo_model("ltmp")
     images = data.subset(data.open_split(None, "train", evaluate.clean_transform(model.config)), 96)

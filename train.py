@@ -342,8 +342,31 @@ def start(model, batches, target):
     return reach(model, batches, place, target, 0.01), scores, ranks
 
 
+def settle(model, batches, scores, ranks, target):
+    """Where learning ends: the ranks landed as learned or, where there is merging, with those of pruning at 0 first, whichever is nearer to the dense predictions.
+
+    A gradient sees what the next token costs, not what all tokens up to a rank do together: on the demo it lets ltmp prune what
+    merging would do better. batches, scores, ranks: as in land. Returns r, and the KL over batches (nats per image) of each that was tried, as learned first.
+    """
+    dense, ends = evaluate.dense_twin(model).eval(), []
+    with torch.no_grad():
+        wanted = [dense(images)[0] for images in batches]  # (B, classes) each
+    steps = [step for step, _ in threshold_maskers(model)]
+    for share in (1, 0) if len(set(steps)) == 2 else (1,):  # of the prune ranks
+        tried = [rank * (share if step == "prune" else 1) for step, rank in zip(steps, ranks)]
+        r = land(model, batches, scores, tried, target)
+        with torch.no_grad():
+            kl = sum(evaluate.kl_divergence(model(images)[0], logits).item() * len(images) for images, logits in zip(batches, wanted))
+        ends.append((kl / sum(map(len, batches)), r, tried))
+    _, r, best = min(ends, key=lambda end: end[0])
+    for rank, found in zip(ranks, best):
+        rank.copy_(found)
+    set_ranks(model, scores, ranks)
+    return r, [kl for kl, _, _ in ends]
+
+
 def land(model, batches, scores, ranks, target):
-    """Where learning ends: lower or raise all ranks by the same amount, which makes r the target. Returns r.
+    """Lower or raise all ranks by the same amount, which makes r the target. Returns r.
 
     Those of merge thresholds alone, where that is enough, so that the prune thresholds stay as learned.
     batches: images (B, 3, S, S); scores, ranks: from start; the ranks are changed in place.
@@ -493,7 +516,9 @@ def main(argv=None):
                 d_r = agreed(r_gradient(model, batches[0]).cpu()).to(device)
             skipped = learn(model, augmented, args, device, saved, scores, ranks, d_r) | set(loader.bad.values())
             with evaluate.amp_context(device, args.amp):
-                evaluate.say(f"landing: r = {land(model, batches, scores, ranks, args.target):.3f} on {sum(map(len, batches))} training images")
+                r, found = settle(model, batches, scores, ranks, args.target)
+                tried = "" if len(found) == 1 else "; KL {:.2g} as learned, {:.2g} with merging alone, which {}".format(*found, "is taken" if found[1] < found[0] else "is left")
+                evaluate.say(f"landing: r = {r:.3f} on {sum(map(len, batches))} training images{tried}")
             for masker, threshold in zip(scores, agreed([masker.threshold.item() for masker in scores])):
                 masker.threshold.data.fill_(threshold)
             if evaluate.processes()[0] == 0:
