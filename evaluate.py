@@ -890,6 +890,10 @@ def chosen_model(args):
     build = partial(build_model, name, state=state, num_classes=args.num_classes, image_size=args.image_size)  # and the method
     if args.method in ("tome", "topk") and not args.r:
         raise ValueError(f"--method {args.method} needs --r, the tokens to remove per block")
+    if args.method in ("dense", "tome", "topk") and args.thresholds:
+        raise ValueError(f"--method {args.method} has no thresholds: leave --thresholds out, or --method")
+    if args.r and args.method not in ("tome", "topk"):
+        raise ValueError("--r goes with --method tome or --method topk")
     if args.method in ("dense", "tome", "topk"):
         return build(args.method, r=args.r[0] if args.r and len(args.r) == 1 else args.r), name
     inside = [step for step in ("merge", "prune") if state and f"blocks.0.{step}_masker.threshold" in state]

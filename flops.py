@@ -14,13 +14,6 @@ import argparse
 import json
 
 import torch
-from torch.utils import flop_counter
-
-# torch's own counter, which the tests compare with, knows fused attention on CUDA but not on CPU.
-_cpu_attention = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-if _cpu_attention and _cpu_attention not in flop_counter.flop_registry:
-    flop_counter.register_flop_formula(_cpu_attention)(
-        lambda query, key, value, *args, **options: flop_counter.sdpa_flop_count(query, key, value))
 
 
 def layer_flops(config, kept=None):
@@ -63,21 +56,23 @@ def main():
 
     parser = argparse.ArgumentParser(description="FLOPs (multiply-adds) per image, layer by layer.")
     parser.add_argument("model", choices=VARIANTS, metavar="MODEL", help=", ".join(VARIANTS))
-    parser.add_argument("--kept", nargs="+", type=float, metavar="N",
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--kept", nargs="+", type=float, metavar="N",
                         help="tokens kept after each block, class token included (default: all)")
-    parser.add_argument("--metrics", metavar="FILE", help="take the kept tokens from a metrics.json instead")
+    given.add_argument("--metrics", metavar="FILE", help="take them from a metrics.json: means over its images, so that r is a little smaller than there")
     args = parser.parse_args()
     config, kept = VARIANTS[args.model], args.kept
     if args.metrics:
-        with open(args.metrics) as file:
-            kept = json.load(file)["kept"]
-    try:
-        layers = layer_flops(config, kept)
-    except ValueError as error:
-        parser.error(str(error))
+        try:
+            with open(args.metrics) as file:
+                kept = [float(n) for n in json.load(file)["kept"]]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            parser.error(f"{args.metrics} is no metrics.json of train.py or evaluate.py: {error!r}")
+    if kept and not (len(kept) == config.depth and all(1 <= n <= config.num_tokens for n in kept)):
+        parser.error(f"{args.model} keeps 1 to {config.num_tokens} tokens in each of {config.depth} blocks; got {' '.join(f'{n:g}' for n in kept)}")
     total, dense = model_flops(config, kept), model_flops(config)
     print(f"{'layer':<16}{'tokens':>8}{'MFLOPs':>10}{'share':>8}")
-    for name, tokens, flops in layers:
+    for name, tokens, flops in layer_flops(config, kept):
         print(f"{name:<16}{tokens:>8g}{flops / 1e6:>10.1f}{100 * flops / total:>7.1f}%")
     print(f"{'total':<24}{total / 1e6:>10.1f}   {total / 1e9:.3g} GFLOPs per image, r = {total / dense:.3f}")
 

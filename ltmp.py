@@ -22,7 +22,8 @@ Inside a block attention adds two more, by which tokens are chosen:
     importance  (B, N)     how much attention each token receives (see attend): the least important are pruned
 
 There are two executions of one function. In training (drop=False) dead tokens stay in the tensors
-behind the live ones, masked, since a threshold needs their gradient. In inference (drop=True) they are cut off behind the batch's longest image.
+behind the live ones, masked, since a threshold needs their gradient. In inference (drop=True) they are
+cut off behind the longest image of the batch, which is the one with the most live tokens.
 """
 
 import hashlib
@@ -134,8 +135,8 @@ class ThresholdMasker(nn.Module):
 
     def _apply(self, fn, recurse=True):
         """Moved to another device as all modules are, but float32 whatever the model becomes: near 1 a bfloat16 has steps of 0.004."""
-        whole = lambda t: moved if (moved := fn(t)).dtype == t.dtype else t.to(moved.device)
-        return super()._apply(whole, recurse)
+        as_float32 = lambda t: moved if (moved := fn(t)).dtype == t.dtype else t.to(moved.device)
+        return super()._apply(as_float32, recurse)
 
     def forward(self, scores, mask):
         """scores (B, M) float32, inf or -inf where nothing is to be decided, mask (B, N) unused -> chosen (B, M) float32 of 0 and 1."""
@@ -160,7 +161,7 @@ class FixedCountMasker(nn.Module):
         self.r, self.which = r, which
 
     def forward(self, scores, mask):
-        """scores (B, M) float32 of M candidates, mask (B, N) -> chosen (B, M) float32 of 0 and 1."""
+        """scores (B, M) float32, -inf (to merge) or inf (to prune) where nothing is to be decided, mask (B, N) -> chosen (B, M) float32 of 0 and 1."""
         r = ((mask.sum(1, keepdim=True) - 1) // 2).clamp(min=0, max=self.r)  # (B, 1)
         if self.which == "most similar":  # tokens that may not merge have the score -inf: last
             return (_rank(scores, descending=True) < r).float()
@@ -210,7 +211,7 @@ def merge(x, key, size, mask, importance, masker):
     cannot_merge[:, 0] = True  # neither dead tokens nor the class token
     merged = masker(similarity.masked_fill(cannot_merge, -math.inf), mask)  # (B, Na) of 0 and 1
 
-    # That a token merges matters in two ways: its mask ends (r falls, later attention misses it), and it lives on in the mean.
+    # That a token merges matters in two ways: its mask ends (FLOPs fall, later attention misses it), and it lives on in the mean.
     # `gone` carries the gradient of the first, `weight` that of the second. The paper has the first alone, and only of tokens that merged.
     if masker.whole_gradient:
         gone, weight = merged, merged * size_a  # (B, Na)
@@ -249,8 +250,8 @@ def live_first(mask, tensors, drop):
     if drop:
         order = order[:, : int(mask.sum(1).max())]  # (B, N'), N' the longest image
     rows = flat_index(order, mask.shape[1])
-    whole = lambda t: t.flatten(0, 1).index_select(0, rows).unflatten(0, order.shape)  # faster than gather, which moves single numbers
-    return mask.gather(1, order), [t.gather(1, order) if t.dim() == 2 else whole(t) for t in tensors]
+    ordered = lambda t: t.flatten(0, 1).index_select(0, rows).unflatten(0, order.shape)  # whole rows: faster than gather, which moves single numbers
+    return mask.gather(1, order), [t.gather(1, order) if t.dim() == 2 else ordered(t) for t in tensors]
 
 
 def live_rows(mask, drop):
@@ -333,7 +334,7 @@ def attend_backward(q, k, v, size, mask, out, attn, log_sum, d_out, d_importance
 
     q, k, v, out (B, H, M, D), size, mask (B, M), attn (B, H, M, N), log_sum (B, H, M, 1) with attn = exp(logits - log_sum),
     d_out (B, H, M, D), 0 for the dead, d_importance (B, M)
-    -> d_q, d_k, d_v (B, H, N, D), d_size (B, N), which are 0 from N on, and d_mask (B, M).
+    -> d_q, d_k, d_v (B, H, N, D), d_size (B, N), of the first N tokens (those of the others are 0), and d_mask (B, M).
     """
     H, D, N = q.shape[1], q.shape[3], attn.shape[3]
     count = mask.sum(1, keepdim=True)  # (B, 1)
@@ -346,17 +347,17 @@ def attend_backward(q, k, v, size, mask, out, attn, log_sum, d_out, d_importance
     row_mean = (d_out.float() * out[:, :, :N]).sum(-1, keepdim=True) + live / (count * H)[:, None, None] * seen[:, :, :N]
     d_attn = (left @ right.transpose(-2, -1)).float().sub_(row_mean)  # (B, H, N, M)
     d_logits = attn * d_attn[..., :N]  # (B, H, N, N)
-    d_live = d_logits.sum((1, 2))  # (B, N), d loss / d log(m_j s_j)
+    d_log_weight = d_logits.sum((1, 2))  # (B, N), d loss / d log(m_j s_j)
     ratio = (q @ k[:, :, first:].transpose(-2, -1)).float()  # (B, H, N, M - first): all the dead are there, and some of the living, set to 0 below
     ratio.add_(size[:, None, None, first:].log()).sub_(log_sum[:, :, :N]).clamp_(max=math.log(MAX_RATIO)).exp_()
     d_mask = F.pad((ratio * d_attn[..., first:]).sum((1, 2)), (first, 0)).masked_fill_(mask > 0, 0)  # (B, M)
-    d_mask[:, :N] += d_live  # for the live, whose ratio is attn
+    d_mask[:, :N] += d_log_weight  # for the live, whose ratio is attn
     # importance_j = sum_i m_i attn_ij / sum_i m_i: m_i is a query's weight too (mean over heads)
-    d_queries = seen.mean((1, 3))  # (B, M)
-    d_mask += (d_queries - (mask * d_queries).sum(1, keepdim=True) / count) / count
+    gained = seen.mean((1, 3))  # (B, M), what each query adds to the loss by its part in the importance
+    d_mask += (gained - (mask * gained).sum(1, keepdim=True) / count) / count
     d_logits = d_logits.to(q.dtype)
     d_v = attn.to(d_out.dtype).transpose(-2, -1) @ d_out
-    return d_logits @ k[:, :, :N] * D**-0.5, d_logits.transpose(-2, -1) @ q, d_v, d_live / size[:, :N], d_mask
+    return d_logits @ k[:, :, :N] * D**-0.5, d_logits.transpose(-2, -1) @ q, d_v, d_log_weight / size[:, :N], d_mask
 
 
 def parts_of(mask):
@@ -428,10 +429,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, size=None, mask=None, rows=None):
+    def forward(self, x, size, mask, rows):
         """x (B, N, C), size, mask (B, N), rows for on_live -> out (B, N, C), key (B, N, D), importance (B, N).
 
-        Without a mask (the dense method) nobody asks for the latter two: torch's fused attention.
+        Where mask is None (the dense method) nobody asks for the latter two: torch's fused attention.
         """
         B, N, C = x.shape
         qkv = on_live(self.qkv, x, rows).reshape(B, N, 3, self.heads, C // self.heads)
@@ -485,12 +486,11 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * config.mlp_ratio))
         self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
 
-    def forward(self, x, size, mask, rows, drop, patches=None):
-        """x (B, N, C), size, mask (B, N), live tokens first -> the same after the block, cut to the longest image if drop.
+    def forward(self, x, size, mask, rows, drop, patches):
+        """x (B, N, C), size, mask (B, N), live tokens first -> x, size, mask, rows, patches after the block, cut to the longest image if drop.
 
-        Returns x, size, mask, rows, patches. rows: live_rows(mask), returned for the new mask.
-        patches (B, N, P): above 0 where the token holds the patch; only if somebody asks. They travel
-        as further channels of x, so that what becomes of a token becomes of its patches.
+        rows: live_rows(mask), of the new mask when returned. patches (B, N, P): above 0 where the token holds
+        the patch, or None where nobody asks. They travel as further channels of x, so that what becomes of a token becomes of its patches.
         """
         out, key, importance = self.attn(self.norm1(x), size, mask, rows)
         x = x + self.ls1(out)
@@ -515,7 +515,7 @@ class LTMPViT(nn.Module):
     """A ViT whose blocks merge and prune tokens by learned thresholds.
 
     config: a ViTConfig. method: one of METHODS. tau: temperature of the threshold's gradient.
-    r: for the methods "tome" and "topk", how many tokens each block removes: one number, or one per block.
+    r: for the methods "tome" and "topk", how many tokens each block removes at most: one number, or one per block.
     """
 
     def __init__(self, config, method="ltmp", tau=0.1, r=None):
@@ -826,7 +826,9 @@ def load_thresholds(model, source):
     and "prune_thresholds", one number per block. Raises ValueError where they do not fit the model.
     """
     found = source if isinstance(source, dict) else read_thresholds(source)
-    if found.get("method") != model.method or model.method in ("tome", "topk"):
+    if model.method in ("tome", "topk"):
+        raise ValueError(f"the method {model.method} has no thresholds")
+    if found.get("method") != model.method:
         raise ValueError(f"the thresholds belong to the method {found.get('method')}, the model runs {model.method}")
     for step in METHODS[model.method]:  # all are checked before the first is set
         values = found.get(f"{step}_thresholds")

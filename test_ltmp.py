@@ -520,6 +520,22 @@ def test_flops_table_adds_up():
     assert f"r = {flops.model_flops(VARIANTS['deit_small_patch16_224'], [150] * 12) / flops.model_flops(VARIANTS['deit_small_patch16_224']):.3f}" in run[-1]
 
 
+@pytest.mark.parametrize("flags, message", {
+    "--kept 3 3": "demo keeps 1 to 197 tokens in each of 12 blocks; got 3 3",
+    "--kept " + "198 " * 12: "demo keeps 1 to 197 tokens",
+    "--kept " + "nan " * 12: "demo keeps 1 to 197 tokens",
+    "--metrics absent.json": "absent.json is no metrics.json of train.py or evaluate.py: FileNotFoundError",
+    "--metrics demo/thresholds.json": "demo/thresholds.json is no metrics.json of train.py or evaluate.py: KeyError('kept')",
+    "--metrics demo/frontier.csv": "demo/frontier.csv is no metrics.json",
+}.items())
+def test_a_flops_table_of_nonsense_is_refused(monkeypatch, capsys, flags, message):
+    monkeypatch.chdir(HERE)
+    monkeypatch.setattr(sys, "argv", ["flops.py", "demo", *flags.split()])
+    with pytest.raises(SystemExit) as stopped:
+        flops.main()
+    assert stopped.value.code == 2 and f"error: {message}" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------------------------------------
 # Weights and thresholds
 
@@ -2134,6 +2150,8 @@ WRONG_EVALUATION = {
     "--thresholds {}/other.json": "learned for demo, the model is tiny: pass --model demo",
     "--method tome": "--method tome needs --r",
     "--method tome --r 1 2 3": "r must be one count >= 0 or 2 of them",
+    "--method tome --r 1 --thresholds {}/good.json": "--method tome has no thresholds",
+    "--r 1": "--r goes with --method tome or --method topk",
 }
 
 
@@ -2156,7 +2174,7 @@ def test_what_is_wrong_is_said_in_one_line(tiny, tmp_path, capsys, script, flags
     for name, found in (("deeper", {"merge_thresholds": [0.9] * 3, "prune_thresholds": [0.0] * 3}), ("ltm", {"method": "ltm", "merge_thresholds": [0.9] * 2}),
                         ("other", {"model": "demo"}), ("good", {"merge_thresholds": [0.9] * 2, "prune_thresholds": [0.0] * 2})):
         (tmp_path / f"{name}.json").write_text(json.dumps({"method": "ltmp"} | found))
-    more = ["--out", str(tmp_path / "out")] if script is train else ["--thresholds", str(tmp_path / "good.json")]
+    more = ["--out", str(tmp_path / "out")] if script is train else [] if "tome" in flags else ["--thresholds", str(tmp_path / "good.json")]
     with pytest.raises(SystemExit) as stopped:
         script.main([*TINY_MODEL, "--method", "ltmp", *more, *(flag.format(tmp_path) for flag in re.split(r" (?!only|images)", flags))])
     printed = capsys.readouterr()
