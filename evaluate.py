@@ -647,7 +647,7 @@ def draw_overview(model, loader, classes, args, device, name):
 
 
 def at_rank(step, scores, rank):
-    """The threshold () by which "merge" or "prune" removes a share of its scores (see set_shares). rank: that share, from 0 (off) to 1 (all; of similarities those above 0)."""
+    """The threshold () by which "merge" or "prune" removes a share of its scores (see set_shares). rank: that share, from 0 (off) to 1 (all; of similarities those above the lowest, and above 0)."""
     place = (1 - rank if step == "merge" else rank) * (len(scores) - 1)  # the most similar merge, the least important go
     return torch.lerp(scores[math.floor(place)], scores[math.ceil(place)], place % 1).clamp(0, 1)
 

@@ -126,7 +126,7 @@ class ThresholdMasker(nn.Module):
     hard = 1 only where soft >= 0.5; (hard + soft) - soft is not, and who merged would keep a mask of 6e-8.
     """
 
-    whole_gradient = False  # how merge passes its gradient on; see there
+    whole_gradient = False  # how merge passes its gradient on; see there, above `gone, weight`
 
     def __init__(self, threshold, tau):
         super().__init__()
@@ -204,7 +204,7 @@ def merge(x, key, size, mask, importance, masker):
     with torch.autocast(x.device.type, enabled=False):  # float32 under AMP too: half would round the similarities
         key = F.normalize(key.float(), dim=-1)
         similarity = key[:, 0::2] @ key[:, 1::2].transpose(1, 2)  # (B, Na, Nb)
-    # At most 1, since rounding can lift a cosine above it, and a threshold of 1 is to mean: never merge. At most -inf with the dead.
+    # At most 1, since rounding can lift a cosine above it, and a threshold of 1 is to mean: never merge. With dead B tokens -inf: nobody's partner.
     similarity = similarity.clamp(max=torch.ones_like(mask_b).masked_fill(mask_b.logical_not(), -math.inf)[:, None])
     similarity, partner = similarity.max(dim=2)  # (B, Na), (B, Na)
     cannot_merge = mask_a.logical_not()
@@ -233,7 +233,7 @@ def prune(mask, importance, masker):
     """Drop the tokens whose importance is not above the threshold (paper: token pruning).
 
     The dead pass with a factor of 1 (score inf), so that their mask goes on collecting gradient
-    from later blocks. The class token has importance inf: it always stays.
+    from later blocks. The class token has importance inf: it always stays. At a threshold of 0 only that goes to which nobody attends at all.
 
     mask, importance (B, N) -> mask (B, N).
     """
@@ -305,7 +305,8 @@ def attend(q, k, v, size, mask):
     A token that stands for s patches is attended to s times: log s joins the logits. Only live
     queries count for importance, because when tokens are really dropped there are no others.
 
-    q (B, H, M, D), k, v (B, H, N, D), size, mask (B, N); the first N of the M >= N queries are the same tokens as the keys, the others are dead
+    q (B, H, M, D), k, v (B, H, N, D), size, mask (B, N); the first N of the M >= N queries are the same tokens as the keys, the others
+    are dead in all images, and asked for only in training, where their mask needs to know what they attend to
     -> out (B, H, M, D), importance (B, N) float32, logits, attn (B, H, M, N) float32. Not for
     autograd, for which a mask that enters as -inf has no gradient: see MaskedAttention.
     """
@@ -432,7 +433,7 @@ class Attention(nn.Module):
     def forward(self, x, size, mask, rows):
         """x (B, N, C), size, mask (B, N), rows for on_live -> out (B, N, C), key (B, N, D), importance (B, N).
 
-        Where mask is None (the dense method) nobody asks for the latter two: torch's fused attention.
+        Where mask is None (the dense method), torch's fused attention; key and importance, for which nobody asks, are None too.
         """
         B, N, C = x.shape
         qkv = on_live(self.qkv, x, rows).reshape(B, N, 3, self.heads, C // self.heads)
@@ -489,7 +490,7 @@ class Block(nn.Module):
     def forward(self, x, size, mask, rows, drop, patches):
         """x (B, N, C), size, mask (B, N), live tokens first -> x, size, mask, rows, patches after the block, cut to the longest image if drop.
 
-        rows: live_rows(mask), of the new mask when returned. patches (B, N, P): above 0 where the token holds
+        rows: live_rows(mask, drop), None if all are live; returned for the new mask. patches (B, N, P): above 0 where the token holds
         the patch, or None where nobody asks. They travel as further channels of x, so that what becomes of a token becomes of its patches.
         """
         out, key, importance = self.attn(self.norm1(x), size, mask, rows)

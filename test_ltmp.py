@@ -1408,6 +1408,10 @@ def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
     metrics, found = read(tmp_path / "metrics.json"), read(tmp_path / "thresholds.json")
     assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.03)  # 200 images; on all of them it is closer
     assert {key for key in found if key.endswith("_thresholds")} == {f"{step}_thresholds" for step in METHODS[method]}
+    measured = ltmp.read_file(tmp_path / "last.pt")["model"]
+    for step in METHODS[method]:  # written to the last bit
+        assert found[f"{step}_thresholds"] == pytest.approx([measured[f"blocks.{i}.{step}_masker.threshold"].item() for i in range(12)], abs=0, rel=1e-9)
+        assert torch.equal(torch.tensor(found[f"{step}_thresholds"]), torch.cat([measured[f"blocks.{i}.{step}_masker.threshold"] for i in range(12)]))
 
 
 def test_steer_goes_where_the_kl_falls_and_r_stays_and_back_to_the_target():
@@ -1579,15 +1583,18 @@ def test_pruning_stays_at_the_end_where_it_is_nearer_to_the_dense_predictions():
         ranks[2 * block + 1].fill_(0.6)
         train.set_ranks(model, scores, ranks)
         target = train.measured_r(model.eval(), batches)
-        r, (learned, merging) = train.settle(model, batches, scores, ranks, target)
+        twin = evaluate.dense_twin(model).eval()
+        r, (learned, merging) = train.settle(model, twin, batches, scores, ranks, target)
         assert (learned < merging) == pays and (ranks[2 * block + 1] > 0.5) == pays and (sum(ranks[::2]) == 0) == pays
         assert r == pytest.approx(target, abs=0.003) and train.measured_r(model, batches) == pytest.approx(r, abs=1e-6)
-        twin, whole = evaluate.dense_twin(model).eval(), torch.cat(batches)
+        whole = torch.cat(batches)
         with torch.no_grad():  # the model is left as it was measured
             assert evaluate.kl_divergence(model(whole)[0], twin(whole)[0]).item() == pytest.approx(min(learned, merging), abs=1e-7, rel=1e-3)
     model = demo_model("ltp")
     _, scores, ranks = train.start(model, batches, 0.8)
-    assert len(train.settle(model, batches, scores, ranks, 0.8)[1]) == 1  # nothing to choose
+    assert len(train.settle(model, twin, batches, scores, ranks, 0.8)[1]) == 1  # nothing to choose
+    torch.nn.init.constant_(twin.head.bias, -40), torch.nn.init.zeros_(twin.head.bias[:1])
+    assert train.settle(model, twin, batches, scores, ranks, 0.8)[1][0] > 1  # it is this teacher that counts, not the model as it is
 
 
 def test_a_threshold_has_about_the_gradient_of_finite_differences():
@@ -2141,6 +2148,7 @@ WRONG_TRAINING = {
     "--lr 1e-3 -1": "-1 is no number from 0 on",
     "--epochs 0": "0 is no whole number from 1 on",
     "--patch-drop 0.5": "--patch-drop goes with --method dense",
+    "--method dense --recipe adaptive": "--recipe, --lr, --tau and --reg-weight are for thresholds",
 }
 WRONG_EVALUATION = {
     "--thresholds {}/absent": "cannot read thresholds from ",

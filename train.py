@@ -62,6 +62,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.tau == 0:
         parser.error("--tau must be above 0: at 0 there is no gradient")
+    if args.method == "dense" and not args.recipe == args.lr == args.tau == args.reg_weight == None:
+        parser.error("--recipe, --lr, --tau and --reg-weight are for thresholds, of which --method dense has none; its learning rate is --lr-backbone")
     if args.patch_drop and args.method != "dense":
         parser.error("--patch-drop goes with --method dense")
     args.model = evaluate.default_model(args)
@@ -93,27 +95,27 @@ def make_optimizer(model, args, total_steps, ranks):
         model.requires_grad_(args.lr_backbone is not None)
         lr, groups = dict(zip(("prune", "merge"), args.lr)), []
         fineness = 1 if ranks is None else math.sqrt(total_steps)  # the noise of n steps grows with the root of n
-        for i, (step, masker) in enumerate(threshold_maskers(model)):
+        for i, (kind, masker) in enumerate(threshold_maskers(model)):
             masker.threshold.requires_grad_()
-            groups.append({"params": [masker.threshold if ranks is None else ranks[i]], "lr": lr[step] / fineness})
+            groups.append({"params": [masker.threshold if ranks is None else ranks[i]], "lr": lr[kind] / fineness})
         if args.lr_backbone is not None:
             groups.append({"params": [p for name, p in model.named_parameters() if not name.endswith("_masker.threshold")], "lr": args.lr_backbone})
         optimizer, shape = torch.optim.SGD(groups), lambda step: 1.0 if ranks is None else cosine(step)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
 
 
-def steer(ranks, averages, d_r, distance):
-    """Turn rank.grad, d KL / d rank, into a direction: where the KL falls while r stays, and back to the target, distance = r - target.
+def steer(ranks, averages, r_by_rank, distance):
+    """Put in place of rank.grad, d KL / d rank, what SGD is to subtract: where the KL rises while r stays, and where r rises if it is above the target (falls if below).
 
     The gradient is averaged over about thirty steps, in averages: over ten, the demo needed twice the images for the same KL. Then only directions count, so that no learning rate depends on the model, the data or the target.
     The part along r's direction is taken out, since r is to stay; what brings r back is the second term, in full from 0.02 on (batches differ by 0.01 by chance).
-    averages: as ranks a list of (1,), changed in place. d_r: (ranks,), d r / d rank.
+    averages: as ranks a list of (1,), changed in place. r_by_rank: (ranks,), d r / d rank. distance: r - target.
     """
     for average, rank in zip(averages, ranks):
         average.lerp_(rank.grad, 0.03)
-    d_kl, d_r = torch.cat(averages), F.normalize(d_r, dim=0)  # (ranks,) each
-    along = d_kl - (d_kl @ d_r) * d_r
-    direction = F.normalize(along, dim=0) + min(max(distance / 0.02, -1), 1) * d_r
+    kl_by_rank, up = torch.cat(averages), F.normalize(r_by_rank, dim=0)  # (ranks,) each
+    along = kl_by_rank - (kl_by_rank @ up) * up
+    direction = F.normalize(along, dim=0) + min(max(distance / 0.02, -1), 1) * up
     for rank, d in zip(ranks, direction):
         rank.grad.fill_(d)
 
@@ -127,11 +129,11 @@ def drop_patches(share, block, inputs):
     return x.gather(1, order[:, :, None].expand(-1, -1, x.shape[2])), size.gather(1, order), *rest
 
 
-def learn(model, train_set, args, device, saved=None, scores=None, ranks=None, d_r=None):
+def learn(model, train_set, args, device, saved=None, teacher=None, scores=None, ranks=None, r_by_threshold=None):
     """Train for --epochs over train_set what make_optimizer chose. Writes log.csv; and last.pt at the start, every minute and at the end.
 
-    saved: a checkpoint to go on from. scores, ranks: from start; if given, the ranks are what
-    learns, from the predictions of the model as it came, dense, and are changed in place; d_r: from r_gradient, at the start. Returns what is wrong with the images that were left out, a set.
+    saved: a checkpoint to go on from. scores, ranks: from start; if given, the ranks are what learns, from the predictions of teacher, the
+    model as it came, dense, and are changed in place; r_by_threshold: from r_gradient, at the start. Returns what is wrong with the images that were left out, a set.
     """
     me, processes = evaluate.processes()
     batch_size = args.batch_size * processes  # of all together
@@ -143,7 +145,7 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None, d
     warnings.filterwarnings("ignore", "Detected call of .lr_scheduler.step")  # as if in the wrong order, where the first step makes no update
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule, "scaler": scaler}
     step, overflows, skipped, log = 0, 0, set(), args.out / "log.csv"
-    teacher, averages = evaluate.dense_twin(model) if ranks else None, [torch.zeros_like(rank) for rank in ranks or []]
+    averages = [torch.zeros_like(rank) for rank in ranks or []]
     if saved:
         for name, part in parts.items():
             if saved[name]:  # a scaler that had nothing to do saves nothing
@@ -225,7 +227,7 @@ def learn(model, train_set, args, device, saved=None, scores=None, ranks=None, d
                 save()
                 evaluate.stop(f"the loss is {all_loss:g}, the norm of its gradient {norm:g} at step {step + 1}; last.pt holds the state before it", 1)
             if ranks and math.isfinite(norm):
-                steer(ranks, averages, d_r * torch.cat(slopes), r - args.target)
+                steer(ranks, averages, r_by_threshold * torch.cat(slopes), r - args.target)
             scale = scaler.get_scale()
             scaler.step(optimizer)
             scaler.update()
@@ -313,7 +315,7 @@ def r_gradient(model, images):
     """d r / d threshold of all, (thresholds,), by the gradient that learning goes by, over images (B, 3, S, S).
 
     What is wrong with that gradient of a decision is wrong with the KL's in the same way, so that steer can weigh the one with the other:
-    differences of r itself are truer, but with them learning ends at up to twice the KL.
+    differences of r itself are truer, but with them learning ends at up to twice the KL. Leaves the model in training mode, all but thresholds frozen.
     """
     model.train().requires_grad_(False)
     thresholds = [masker.threshold.requires_grad_() for _, masker in threshold_maskers(model)]
@@ -342,15 +344,15 @@ def start(model, batches, target):
     return reach(model, batches, place, target, 0.01), scores, ranks
 
 
-def settle(model, batches, scores, ranks, target):
-    """Where learning ends: the ranks landed as learned or, where there is merging, with those of pruning at 0 first, whichever is nearer to the dense predictions.
+def settle(model, teacher, batches, scores, ranks, target):
+    """Where learning ends: the ranks landed as learned or, where there is merging, with those of pruning taken back to 0 first, whichever is nearer to teacher.
 
     A gradient sees what the next token costs, not what all tokens up to a rank do together: on the demo it lets ltmp prune what
-    merging would do better. batches, scores, ranks: as in land. Returns r, and the KL over batches (nats per image) of each that was tried, as learned first.
+    merging would do better. (Where merging is not enough, land raises them again.) teacher, batches, scores, ranks: as in learn and land. Returns r, and the KL over batches (nats per image) of each that was tried, as learned first.
     """
-    dense, ends = evaluate.dense_twin(model).eval(), []
+    ends = []
     with torch.no_grad():
-        wanted = [dense(images)[0] for images in batches]  # (B, classes) each
+        wanted = [teacher(images)[0] for images in batches]  # (B, classes) each
     steps = [step for step, _ in threshold_maskers(model)]
     for share in (1, 0) if len(set(steps)) == 2 else (1,):  # of the prune ranks
         tried = [rank * (share if step == "prune" else 1) for step, rank in zip(steps, ranks)]
@@ -383,14 +385,21 @@ def land(model, batches, scores, ranks, target):
 
 @torch.no_grad()
 def reach(model, batches, place, target, tolerance):
-    """Find the t for which place({"merge"}, t), if need be place({"merge", "prune"}, t), gives r = target. Returns r.
+    """Find the t for which place({"merge"}, t), if need be place({"merge", "prune"}, t), gives r = target. Returns r. Says every ten seconds where it is.
 
     More t, more tokens. Where r jumps over the target, since equal scores go together, it ends beside the jump.
     Raises OutOfReach, a ValueError, where even removing all that may go leaves a larger r.
     """
+    said = time.time()
+
     def r_at(moving, t):
+        nonlocal said
         place(moving, t)
-        return measured_r(model, batches)
+        r = measured_r(model, batches)
+        if time.time() - said > 10:
+            evaluate.say(f"r {r:.3f} (target {target:g})")
+            said = time.time()
+        return r
 
     model.eval()
     for moving in ({"merge"}, {"merge", "prune"}):
@@ -452,7 +461,7 @@ def save_file(path, content):
 
 def result(model, name, args, images):
     """The content of thresholds.json: the thresholds and how they came about."""
-    found = {f"{step}_thresholds": [round(getattr(block, f"{step}_masker").threshold.item(), 9) for block in model.blocks]
+    found = {f"{step}_thresholds": [float(f"{getattr(block, f'{step}_masker').threshold.item():.9g}") for block in model.blocks]  # nine digits hold a float32
              for step in ("merge", "prune") if step in ltmp.METHODS[model.method]}
     return ltmp.seal({"model": name, "method": model.method, "target": args.target} | found | {
         "data": args.data or "embedded Fashion-MNIST", "weights": str(args.out / "last.pt") if args.lr_backbone is not None else args.weights or "the model's own", "images": images, "image_size": model.config.image_size,
@@ -501,6 +510,7 @@ def main(argv=None):
             batches = [images.to(device) for images, _ in loader if len(images)]
             if not batches:
                 evaluate.stop(f"none of {len(plain)} training images could be read")
+            teacher = evaluate.dense_twin(model).eval()
             with evaluate.amp_context(device, args.amp):
                 r, scores, ranks = start(model, batches[:2], args.target)
                 evaluate.say(f"start: r = {r:.3f}")
@@ -513,11 +523,11 @@ def main(argv=None):
                 masker.whole_gradient = True
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
             with evaluate.amp_context(device, args.amp):
-                d_r = agreed(r_gradient(model, batches[0]).cpu()).to(device)
-            skipped = learn(model, augmented, args, device, saved, scores, ranks, d_r) | set(loader.bad.values())
+                r_by_threshold = agreed(r_gradient(model, batches[0]).cpu()).to(device)
+            skipped = learn(model, augmented, args, device, saved, teacher, scores, ranks, r_by_threshold) | set(loader.bad.values())
             with evaluate.amp_context(device, args.amp):
-                r, found = settle(model, batches, scores, ranks, args.target)
-                tried = "" if len(found) == 1 else "; KL {:.2g} as learned, {:.2g} with merging alone, which {}".format(*found, "is taken" if found[1] < found[0] else "is left")
+                r, found = settle(model, teacher, batches, scores, ranks, args.target)
+                tried = "" if len(found) == 1 else "; KL {:.2g} as learned, {:.2g} with pruning taken back, which {}".format(*found, "is taken" if found[1] < found[0] else "is left")
                 evaluate.say(f"landing: r = {r:.3f} on {sum(map(len, batches))} training images{tried}")
             for masker, threshold in zip(scores, agreed([masker.threshold.item() for masker in scores])):
                 masker.threshold.data.fill_(threshold)
