@@ -831,6 +831,9 @@ def load_thresholds(model, source):
         raise ValueError(f"the method {model.method} has no thresholds")
     if found.get("method") != model.method:
         raise ValueError(f"the thresholds belong to the method {found.get('method')}, the model runs {model.method}")
+    known, config = VARIANTS.get(str(found.get("model"))), model.config
+    if known and (known.depth, known.dim) != (config.depth, config.dim):
+        raise ValueError(f"the thresholds were learned for {found['model']}, this model has {config.depth} blocks and {config.dim} channels")
     for step in METHODS[model.method]:  # all are checked before the first is set
         values = found.get(f"{step}_thresholds")
         if (not isinstance(values, list) or len(values) != len(model.blocks)

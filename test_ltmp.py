@@ -888,6 +888,15 @@ def test_broken_thresholds_are_refused(tmp_path, content):
         load_thresholds(create_model("demo"), tmp_path / "absent.json")
 
 
+def test_thresholds_of_another_model_are_refused():
+    model, found = create_model("deit_tiny_patch16_224", num_classes=3), {"method": "ltmp", "merge_thresholds": [0.5] * 12, "prune_thresholds": [0.1] * 12}
+    with pytest.raises(ValueError, match="were learned for demo, this model has 12 blocks and 192 channels"):
+        load_thresholds(model, found | {"model": "demo"})
+    assert model.blocks[0].merge_masker.threshold == 0.9
+    for name in ("deit_tiny_patch16_224", "vit_tiny_patch16_224", "a model of one's own", ["?"]):
+        assert load_thresholds(model, found | {"model": name}).blocks[0].merge_masker.threshold == 0.5
+
+
 def test_thresholds_that_were_changed_are_refused(tmp_path):
     written = ltmp.seal({"method": "ltmp", "merge_thresholds": [0.9] * 12, "prune_thresholds": [0.001] * 12, "image_size": 28})
     for change, works in (({}, True), ({"merge_thresholds": [0.9] * 11 + [0.8]}, False), ({"image_size": 24}, False), ({"sha256": "0" * 16}, False)):

@@ -397,7 +397,7 @@ def reach(model, batches, place, target, tolerance):
         place(moving, t)
         r = measured_r(model, batches)
         if time.time() - said > 10:
-            evaluate.say(f"r {r:.3f} (target {target:g})")
+            evaluate.say(f"looking for r = {target:g} on {sum(map(len, batches))} training images: {r:.3f}")
             said = time.time()
         return r
 
