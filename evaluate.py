@@ -637,9 +637,11 @@ def draw_overview(model, loader, classes, args, device, name):
     title = f"{name}, {model.method}: {len(loader.dataset)} validation images"
     if args.chart:
         save_picture(chart(model, reduced[0], title), args.chart)
+        print(args.chart)
     if args.gallery:
         dense = image_by_image(dense_twin(model), loader, device, args.amp, "dense, image by image")
         save_picture(gallery(model, loader.dataset, classes, dense, reduced, title), args.gallery)
+        print(args.gallery)
 
 
 # ---------------------------------------------------------------------------------------------

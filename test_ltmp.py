@@ -2383,14 +2383,16 @@ def texts_of(monkeypatch):
     return texts
 
 
-def test_gallery_and_chart_of_the_demo(tmp_path, monkeypatch):
+def test_gallery_and_chart_of_the_demo(tmp_path, monkeypatch, capsys):
     texts, plots, plot = texts_of(monkeypatch), [], evaluate.plot
     monkeypatch.setattr(evaluate, "plot", lambda draw, box, *parts: (plots.append(parts), plot(draw, box, *parts)))
     thresholds = {"method": "ltmp", "merge_thresholds": [0.98] * 12, "prune_thresholds": [0.005 + 0.0001 * i for i in range(12)]}
     (tmp_path / "t.json").write_text(json.dumps(thresholds))
     evaluate.main(["--thresholds", str(tmp_path / "t.json"), "--limit-val", "60", "-b", "7", "--json", str(tmp_path / "m.json"),
                    "--gallery", str(tmp_path / "a" / "gallery.png"), "--chart", str(tmp_path / "chart.png")])
+    printed = capsys.readouterr().out.splitlines()
     for path in (tmp_path / "a" / "gallery.png", tmp_path / "chart.png"):
+        assert str(path) in printed
         assert Image.open(path).format == "PNG" and abs(Image.open(path).width - 850) < 50
 
     model = load_thresholds(demo_model("ltmp"), thresholds).eval()
