@@ -1419,7 +1419,6 @@ def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
     assert {key for key in found if key.endswith("_thresholds")} == {f"{step}_thresholds" for step in METHODS[method]}
     measured = ltmp.read_file(tmp_path / "last.pt")["model"]
     for step in METHODS[method]:  # written to the last bit
-        assert found[f"{step}_thresholds"] == pytest.approx([measured[f"blocks.{i}.{step}_masker.threshold"].item() for i in range(12)], abs=0, rel=1e-9)
         assert torch.equal(torch.tensor(found[f"{step}_thresholds"]), torch.cat([measured[f"blocks.{i}.{step}_masker.threshold"] for i in range(12)]))
 
 
