@@ -58,7 +58,7 @@ def main():
     parser.add_argument("model", choices=VARIANTS, metavar="MODEL", help=", ".join(VARIANTS))
     given = parser.add_mutually_exclusive_group()
     given.add_argument("--kept", nargs="+", type=float, metavar="N",
-                        help="tokens kept after each block, class token included (default: all)")
+                       help="tokens kept after each block, class token included (default: all)")
     given.add_argument("--metrics", metavar="FILE", help="take them from a metrics.json: means over its images, so that r is a little smaller than there")
     args = parser.parse_args()
     config, kept = VARIANTS[args.model], args.kept
@@ -68,7 +68,7 @@ def main():
                 kept = [float(n) for n in json.load(file)["kept"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"{args.metrics} is no metrics.json of train.py or evaluate.py: {error!r}")
-    if kept and not (len(kept) == config.depth and all(1 <= n <= config.num_tokens for n in kept)):
+    if kept is not None and not (len(kept) == config.depth and all(1 <= n <= config.num_tokens for n in kept)):
         parser.error(f"{args.model} keeps 1 to {config.num_tokens} tokens in each of {config.depth} blocks; got {' '.join(f'{n:g}' for n in kept)}")
     total, dense = model_flops(config, kept), model_flops(config)
     print(f"{'layer':<16}{'tokens':>8}{'MFLOPs':>10}{'share':>8}")

@@ -824,7 +824,8 @@ def load_thresholds(model, source):
     """Set the thresholds that training found. Returns the model.
 
     source: the path of a thresholds.json, or a dict with "method" and the lists "merge_thresholds"
-    and "prune_thresholds", one number per block. Raises ValueError where they do not fit the model.
+    and "prune_thresholds", one number per block; where it has "model", one of VARIANTS, its depth and
+    width must be the model's. Raises ValueError where they do not fit.
     """
     found = source if isinstance(source, dict) else read_thresholds(source)
     if model.method in ("tome", "topk"):

@@ -62,7 +62,7 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.tau == 0:
         parser.error("--tau must be above 0: at 0 there is no gradient")
-    if args.method == "dense" and not args.recipe == args.lr == args.tau == args.reg_weight == None:
+    if args.method == "dense" and any(flag is not None for flag in (args.recipe, args.lr, args.tau, args.reg_weight)):
         parser.error("--recipe, --lr, --tau and --reg-weight are for thresholds, of which --method dense has none; its learning rate is --lr-backbone")
     if args.patch_drop and args.method != "dense":
         parser.error("--patch-drop goes with --method dense")
@@ -82,25 +82,25 @@ def parse_args(argv=None):
 
 
 def make_optimizer(model, args, total_steps, ranks):
-    """What trains and how: thresholds by SGD without momentum (paper), their ranks along steer's directions (adaptive), all weights, if dense, by AdamW."""
-    cosine = lambda step: (1 + math.cos(math.pi * step / total_steps)) / 2
+    """What trains and how: thresholds by SGD without momentum (paper), their ranks (see set_ranks) along steer's directions (adaptive), all weights, if dense, by AdamW."""
+    cosine = lambda done: (1 + math.cos(math.pi * done / total_steps)) / 2
     if model.method == "dense":
         decay = [p for p in model.parameters() if p.dim() > 1]
         rest = [p for p in model.parameters() if p.dim() <= 1]
         optimizer = torch.optim.AdamW([{"params": decay}, {"params": rest, "weight_decay": 0.0}],
                                       lr=args.lr_backbone, betas=(0.9, 0.99), weight_decay=0.05)
         warmup = max(1, total_steps // 20)
-        shape = lambda step: min((step + 1) / warmup, cosine(step))
+        shape = lambda done: min((done + 1) / warmup, cosine(done))
     else:
         model.requires_grad_(args.lr_backbone is not None)
         lr, groups = dict(zip(("prune", "merge"), args.lr)), []
         fineness = 1 if ranks is None else math.sqrt(total_steps)  # the noise of n steps grows with the root of n
-        for i, (kind, masker) in enumerate(threshold_maskers(model)):
+        for i, (step, masker) in enumerate(threshold_maskers(model)):
             masker.threshold.requires_grad_()
-            groups.append({"params": [masker.threshold if ranks is None else ranks[i]], "lr": lr[kind] / fineness})
+            groups.append({"params": [masker.threshold if ranks is None else ranks[i]], "lr": lr[step] / fineness})
         if args.lr_backbone is not None:
             groups.append({"params": [p for name, p in model.named_parameters() if not name.endswith("_masker.threshold")], "lr": args.lr_backbone})
-        optimizer, shape = torch.optim.SGD(groups), lambda step: 1.0 if ranks is None else cosine(step)
+        optimizer, shape = torch.optim.SGD(groups), lambda done: 1.0 if ranks is None else cosine(done)
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
 
 
