@@ -192,10 +192,10 @@ def clean_transform(config):
     return data.eval_transform(config.image_size, config.crop_pct, config.mean, config.std)
 
 
-def dense_twin(model):
-    """The same weights without merging or pruning."""
-    dense = ltmp.LTMPViT(model.config, "dense").to(next(model.parameters()).device)
-    return ltmp.load_weights(dense, model.state_dict())
+def with_method(model, method):
+    """The same weights, and the thresholds that it has, with another method. What it has none for is off."""
+    other = ltmp.LTMPViT(model.config, method).to(next(model.parameters()).device)
+    return ltmp.load_weights(other, model.state_dict())
 
 
 def amp_dtype(device, amp):
@@ -363,7 +363,7 @@ def measure_both(model, loader, device, amp=None, dense=None):
     if model.method == "dense":
         found = measure(model, loader, device, amp, "dense")
         return found | {f"dense_{key}": found[key] for key in ("top1", "top5", "gflops")} | {"kl": 0.0}
-    twin = None if dense else dense_twin(model).eval()
+    twin = None if dense else with_method(model, "dense").eval()
     return measure(model, loader, device, amp, model.method, dense or (lambda step, images: twin(images)[0]))
 
 
@@ -508,7 +508,7 @@ def save_picture(sheet, path):
 @torch.inference_mode()
 def draw_pictures(model, images, classes, args, device, name):
     """A strip of each of the PIL images, the files in --picture, written to --out as NAME_tokens.png."""
-    model, dense, config, written = model.eval(), dense_twin(model).eval(), model.config, []
+    model, dense, config, written = model.eval(), with_method(model, "dense").eval(), model.config, []
     for path, image in zip(args.picture, images):
         image = clean_transform(config)(image)  # (3, S, S)
         with amp_context(device, args.amp):
@@ -639,7 +639,7 @@ def draw_overview(model, loader, classes, args, device, name):
         save_picture(chart(model, reduced[0], title), args.chart)
         print(args.chart)
     if args.gallery:
-        dense = image_by_image(dense_twin(model), loader, device, args.amp, "dense, image by image")
+        dense = image_by_image(with_method(model, "dense"), loader, device, args.amp, "dense, image by image")
         save_picture(gallery(model, loader.dataset, classes, dense, reduced, title), args.gallery)
         print(args.gallery)
 
@@ -727,7 +727,7 @@ def benchmark(model, dataset, args, device):
     of --batch-sizes; and one training step of 16 images: all weights of the dense ViT against the
     thresholds alone, for which r says nothing and is None.
     """
-    twin, rows = dense_twin(model), []
+    twin, rows = with_method(model, "dense"), []
     heads = ("images", "dense ms", "reduced ms", "speed-up", "r", "efficiency", "dense MB", "reduced MB")
     print(f"{'':<10}" + "".join(f"{head:>12}" for head in heads))
 

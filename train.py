@@ -328,43 +328,48 @@ class OutOfReach(ValueError):
     """No thresholds give the target."""
 
 
-def start(model, batches, target):
-    """Where learning starts: in all blocks merging removes the same share of what it meets, that which makes r the target.
+def start(model, batches, target, tolerance=0.01):
+    """Where learning starts: in all blocks merging removes the same share of what it meets, and pruning a tenth of that share, those that make r the target.
 
-    Pruning removes it too where there is no merging, or not enough. batches: images (B, 3, S, S); shares are those of the first.
+    Pruning removes as much as merging where there is none, or that is not enough. batches: images (B, 3, S, S); shares are those of the first.
     Returns r; the scores that each threshold met, masker -> sorted (n,); and the shares as ranks of these scores, a list of (1,).
     """
     scores, ranks = {}, []
 
     def place(moving, t):
-        shares = {step: max(-t, 0.0) if step in moving else 0.0 for step in ("merge", "prune")}
+        share = max(-t, 0.0)
+        shares = {"merge": share, "prune": share if "prune" in moving else share / 10}
         scores.update(evaluate.set_shares(model, batches[0], shares))
         ranks[:] = [torch.full_like(masker.threshold.data, shares[step]) for step, masker in threshold_maskers(model)]
 
-    return reach(model, batches, place, target, 0.01), scores, ranks
+    return reach(model, batches, place, target, tolerance), scores, ranks
 
 
-def settle(model, teacher, batches, scores, ranks, target):
-    """Where learning ends: the ranks landed as learned or, where there is merging, with those of pruning taken back to 0 first, whichever is nearer to teacher.
+def choose(model, teacher, batches, target):
+    """What is learned: a model that merges and prunes, or its twin that merges alone, where a little pruning at the start leads a tenth or more further from teacher.
 
-    A gradient sees what the next token costs, not what all tokens up to a rank do together: on the demo it lets ltmp prune what
-    merging would do better. (Where merging is not enough, land raises them again.) teacher, batches, scores, ranks: as in learn and land. Returns r, and the KL over batches (nats per image) of each that was tried, as learned first.
+    A gradient sees what the next token costs, not what all tokens up to a rank do together, and beside merging it lets thresholds prune what
+    had better stay. Both starts have the same r; the twin's prune thresholds stay 0. How far: the root of the KL, averaged over images; the
+    KL's own mean hangs on a few of them. teacher, batches: as in learn and land. Returns the model, and r, scores and ranks of its start.
     """
-    ends = []
+    few = batches[:2]  # enough for r
+    if len(ltmp.METHODS[model.method]) == 1:
+        return model, *start(model, few, target)
+    twin = evaluate.with_method(model, "ltm")
+    try:
+        r, *found = start(twin, few, target)
+    except OutOfReach:  # by merging alone
+        return model, *start(model, few, target)
+    starts, far = [(model, *start(model, few, r, 0.002)), (twin, r, *found)], [[], []]
     with torch.no_grad():
-        wanted = [teacher(images)[0] for images in batches]  # (B, classes) each
-    steps = [step for step, _ in threshold_maskers(model)]
-    for share in (1, 0) if len(set(steps)) == 2 else (1,):  # of the prune ranks
-        tried = [rank * (share if step == "prune" else 1) for step, rank in zip(steps, ranks)]
-        r = land(model, batches, scores, tried, target)
-        with torch.no_grad():
-            kl = sum(evaluate.kl_divergence(model(images)[0], logits).item() * len(images) for images, logits in zip(batches, wanted))
-        ends.append((kl / sum(map(len, batches)), r, tried))
-    _, r, best = min(ends, key=lambda end: end[0])
-    for rank, found in zip(ranks, best):
-        rank.copy_(found)
-    set_ranks(model, scores, ranks)
-    return r, [kl for kl, _, _ in ends]
+        for images in batches:
+            wanted = teacher(images)[0]  # (B, classes)
+            for (each, *_), distances in zip(starts, far):
+                distances += [evaluate.kl_divergence(one[None], other[None]).clamp(min=0).sqrt().item() for one, other in zip(each(images)[0], wanted)]
+    pruning, merging = agreed([sum(distances) / len(distances) for distances in far])
+    alone = pruning > 1.1 * merging
+    evaluate.say(f"root of the KL {merging:.3g} with merging alone, {pruning:.3g} with a little pruning: {'merging alone is' if alone else 'both are'} learned")
+    return starts[alone]
 
 
 def land(model, batches, scores, ranks, target):
@@ -510,30 +515,30 @@ def main(argv=None):
             batches = [images.to(device) for images, _ in loader if len(images)]
             if not batches:
                 evaluate.stop(f"none of {len(plain)} training images could be read")
-            teacher = evaluate.dense_twin(model).eval()
+            teacher = evaluate.with_method(model, "dense").eval()
             with evaluate.amp_context(device, args.amp):
-                r, scores, ranks = start(model, batches[:2], args.target)
+                learner, r, scores, ranks = choose(model, teacher, batches, args.target)
                 evaluate.say(f"start: r = {r:.3f}")
             met, shares = agreed(([found.cpu() for found in scores.values()], [rank.item() for rank in ranks]))
             scores = {masker: found.to(device) for masker, found in zip(scores, met)}
             for rank, share in zip(ranks, shares):
                 rank.fill_(share)
-            set_ranks(model, scores, ranks)
+            set_ranks(learner, scores, ranks)
             for masker, found in scores.items():
                 masker.whole_gradient = True
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
             with evaluate.amp_context(device, args.amp):
-                r_by_threshold = agreed(r_gradient(model, batches[0]).cpu()).to(device)
-            skipped = learn(model, augmented, args, device, saved, teacher, scores, ranks, r_by_threshold) | set(loader.bad.values())
+                r_by_threshold = agreed(r_gradient(learner, batches[0]).cpu()).to(device)
+            skipped = learn(learner, augmented, args, device, saved, teacher, scores, ranks, r_by_threshold) | set(loader.bad.values())
             with evaluate.amp_context(device, args.amp):
-                r, found = settle(model, teacher, batches, scores, ranks, args.target)
-                tried = "" if len(found) == 1 else "; KL {:.2g} as learned, {:.2g} with pruning taken back, which {}".format(*found, "is taken" if found[1] < found[0] else "is left")
-                evaluate.say(f"landing: r = {r:.3f} on {sum(map(len, batches))} training images{tried}")
+                r = land(learner, batches, scores, ranks, args.target)
+                evaluate.say(f"landing: r = {r:.3f} on {sum(map(len, batches))} training images")
             for masker, threshold in zip(scores, agreed([masker.threshold.item() for masker in scores])):
                 masker.threshold.data.fill_(threshold)
             if evaluate.processes()[0] == 0:
                 last = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
-                save_file(args.out / "last.pt", last | {"model": model.state_dict()})  # with the ranks before: resumed, it lands again, and the same
+                save_file(args.out / "last.pt", last | {"model": learner.state_dict()})  # with the ranks before: resumed, it lands again, and the same
+            model = evaluate.with_method(learner, args.method)
     except OutOfReach as error:
         evaluate.stop(error)
     if model.method != "dense":
