@@ -179,10 +179,10 @@ def still(dataset, model):
     """
     count, config = len(dataset.classes), model.config
     if count > config.num_classes:
-        raise ValueError(f"the data has {count} classes, the weights have {config.num_classes}: --num-classes {count} makes "
+        raise ValueError(f"the data has {count} classes, the model has {config.num_classes}: --num-classes {count} makes "
                          "a new head, to be trained with train.py --method dense")
     if count < config.num_classes:
-        say(f"note: the data has {count} classes, the weights have {config.num_classes}: labels are taken as their first {count}")
+        say(f"note: the data has {count} classes, the model has {config.num_classes}: labels are taken as their first {count}")
     dataset.transform = clean_transform(config)
     return dataset
 
@@ -193,7 +193,7 @@ def clean_transform(config):
 
 
 def with_method(model, method):
-    """The same weights, and the thresholds that it has, with another method. What it has none for is off."""
+    """The same weights with another method. Thresholds that the model has none for are those of a new one: 0 for pruning, off; 0.9 for merging."""
     other = ltmp.LTMPViT(model.config, method).to(next(model.parameters()).device)
     return ltmp.load_weights(other, model.state_dict())
 

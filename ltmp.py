@@ -706,7 +706,8 @@ def read_file(path):
     except Exception as error:  # the readers raise whatever a damaged file provokes
         if code := re.search(r"(?i)unsupported (?:global: )?GLOBAL (\S+)", str(error)):
             raise ValueError(f"{path} holds more than tensors, {code[1]}, which is not loaded since it could run code: save its state dict alone") from None
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        cause = re.search(r"WeightsUnpickler error:\s*(\S.*)", str(error))  # without torch's advice to load it all the same
+        reason = cause[1] if cause else (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path} is no checkpoint, or damaged (then copy it again): {reason}") from None
 
 

@@ -844,7 +844,7 @@ def test_another_number_of_classes_says_what_to_do(tmp_path, capsys):
     make_folder(tmp_path / "images", classes=[f"class {i:02d}" for i in range(12)], per_class=2, size=(28, 28), suffix=".png")
     with pytest.raises(SystemExit):
         evaluate.main(["--model", "demo", "--method", "dense", "--data", str(tmp_path / "images")])
-    assert "the data has 12 classes, the weights have 10: --num-classes 12" in capsys.readouterr().err
+    assert "the data has 12 classes, the model has 10: --num-classes 12" in capsys.readouterr().err
     with pytest.raises(ValueError, match=re.escape("head.weight is (10, 64), not (7, 64)")):
         load_weights(create_model("demo", num_classes=7), torch.load(evaluate.DEMO_WEIGHTS, weights_only=True))
     model = demo_model("dense", num_classes=7)
@@ -1601,11 +1601,16 @@ def test_pruning_is_learned_beside_merging_where_a_little_of_it_costs_hardly_mor
     assert (pruning < 1.1 * merging) == pays and f"root of the KL {merging:.3g} with merging alone, {pruning:.3g} with a little pruning" in capsys.readouterr().err
     kind = {step: [rank.item() for (name, _), rank in zip(train.threshold_maskers(learner), ranks) if name == step] for step in ("merge", "prune")}
     assert len(set(kind["merge"])) == 1 and kind["prune"] == pytest.approx([rank / 10 for rank in kind["merge"][: 4 * pays]])
-    if method == "ltmp":
+    if method == "ltmp" and pays:
         for only in ("ltm", "ltp"):
             single = evaluate.with_method(model, only).eval()
             assert train.choose(single, teacher, batches, 0.6)[0] is single  # nothing to choose
         assert train.choose(model, teacher, batches, 0.2)[0] is model  # not to be had by merging alone
+        _, scores, ranks = train.start(alone, batches[:2], 0.6)
+        train.set_ranks(alone, scores, [torch.ones(1) for _ in ranks])
+        assert train.choose(model, teacher, batches, train.measured_r(alone, batches) - 0.005)[0] is model  # near enough to start, not to land
+        assert train.choose(model, teacher, batches, 0.6, chosen="ltm")[0].method == "ltm"  # as a run that is resumed had it
+        assert train.choose(model, teacher, batches, 0.6, chosen=method)[0] is model
 
 
 @pytest.mark.parametrize("seed, pays", [(10, True), (3, False)])
@@ -2159,7 +2164,7 @@ WRONG_INPUT = {  # what train.py and evaluate.py, a tiny model, say to these fla
     "--data {}/empty": "empty has no folder val: it must hold train and val",
     "--data {}/no images": "b holds no images (.jpg",
     "--data {}/images --val-fraction 2": "2 is not above 0 and at most 1",
-    "--data {}/images --num-classes 1": "the data has 2 classes, the weights have 1: --num-classes 2 makes a new head",
+    "--data {}/images --num-classes 1": "the data has 2 classes, the model has 1: --num-classes 2 makes a new head",
     "--image-size 0": "0 is no whole number from 1 on",
     "--image-size 30": "image_size 30 must be a multiple of patch_size 7",
     "--batch-size -8": "-8 is no whole number from 1 on",
@@ -2167,6 +2172,7 @@ WRONG_INPUT = {  # what train.py and evaluate.py, a tiny model, say to these fla
     "--seed one": "invalid int value: 'one'",
     "--weights {}/text": "text is no checkpoint, or damaged",
     "--weights {}/cut": "cut is no checkpoint, or damaged",
+    "--weights {}/good.json": "good.json is no checkpoint, or damaged (then copy it again): Unsupported operand",  # and no advice of torch's to load it all the same
     "--weights {}/code": "code holds more than tensors, random.Random, which is not loaded since it could run code",
     "--weights {}/deeper": "does not fit the model: unexpected blocks.2.",
     "--weights {}/wider": "does not fit the model: cls_token is (1, 1, 24), not (1, 1, 16)",

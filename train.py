@@ -132,7 +132,7 @@ def drop_patches(share, block, inputs):
 def learn(model, train_set, args, device, saved=None, teacher=None, scores=None, ranks=None, r_by_threshold=None):
     """Train for --epochs over train_set what make_optimizer chose. Writes log.csv; and last.pt at the start, every minute and at the end.
 
-    saved: a checkpoint to go on from. scores, ranks: from start; if given, the ranks are what learns, from the predictions of teacher, the
+    saved: a checkpoint to go on from. scores, ranks: from choose; if given, the ranks are what learns, from the predictions of teacher, the
     model as it came, dense, and are changed in place; r_by_threshold: from r_gradient, at the start. Returns what is wrong with the images that were left out, a set.
     """
     me, processes = evaluate.processes()
@@ -160,7 +160,7 @@ def learn(model, train_set, args, device, saved=None, teacher=None, scores=None,
             return
         save_file(args.out / "last.pt", {name: part.state_dict() for name, part in parts.items()}
                   | {"step": step, "overflows": overflows, "skipped": sorted(skipped), "ranks": [rank.item() for rank in ranks or []],
-                     "averages": [average.item() for average in averages], "settings": settings(args)})
+                     "averages": [average.item() for average in averages], "method": model.method, "settings": settings(args)})
 
     def leave():
         evaluate.stop(f"stopped after step {step} of {total_steps}; the same command with --resume goes on from there", 130)
@@ -331,7 +331,7 @@ class OutOfReach(ValueError):
 def start(model, batches, target, tolerance=0.01):
     """Where learning starts: in all blocks merging removes the same share of what it meets, and pruning a tenth of that share, those that make r the target.
 
-    Pruning removes as much as merging where there is none, or that is not enough. batches: images (B, 3, S, S); shares are those of the first.
+    Where there is no merging, or that is not enough, pruning removes the same share. batches: images (B, 3, S, S); scores are those of the first, r that of all.
     Returns r; the scores that each threshold met, masker -> sorted (n,); and the shares as ranks of these scores, a list of (1,).
     """
     scores, ranks = {}, []
@@ -345,38 +345,45 @@ def start(model, batches, target, tolerance=0.01):
     return reach(model, batches, place, target, tolerance), scores, ranks
 
 
-def choose(model, teacher, batches, target):
-    """What is learned: a model that merges and prunes, or its twin that merges alone, where a little pruning at the start leads a tenth or more further from teacher.
+def choose(model, teacher, batches, target, chosen=None):
+    """What is learned: a model that merges and prunes, or its twin that merges alone (prune thresholds then end as 0).
 
     A gradient sees what the next token costs, not what all tokens up to a rank do together, and beside merging it lets thresholds prune what
-    had better stay. Both starts have the same r; the twin's prune thresholds stay 0. How far: the root of the KL, averaged over images; the
-    KL's own mean hangs on a few of them. teacher, batches: as in learn and land. Returns the model, and r, scores and ranks of its start.
+    had better stay. So two starts at the same r are compared: the twin it is where the one with a little pruning is more than a tenth further
+    from teacher, in the root of the KL, averaged over images (the KL's own mean hangs on a few of them).
+    teacher, batches: as in learn and land. chosen: the method that a run to be resumed had chosen. Returns the model, and r, scores and ranks of its start.
     """
     few = batches[:2]  # enough for r
     if len(ltmp.METHODS[model.method]) == 1:
         return model, *start(model, few, target)
     twin = evaluate.with_method(model, "ltm")
     try:
-        r, *found = start(twin, few, target)
-    except OutOfReach:  # by merging alone
+        r, scores, ranks = start(twin, few, target)
+        set_ranks(twin, scores, [torch.ones_like(rank) for rank in ranks])
+        enough = measured_r(twin, batches) <= target  # for land, too
+        set_ranks(twin, scores, ranks)
+    except OutOfReach:
+        enough = False
+    if not enough:
         return model, *start(model, few, target)
-    starts, far = [(model, *start(model, few, r, 0.002)), (twin, r, *found)], [[], []]
-    with torch.no_grad():
-        for images in batches:
-            wanted = teacher(images)[0]  # (B, classes)
-            for (each, *_), distances in zip(starts, far):
-                distances += [evaluate.kl_divergence(one[None], other[None]).clamp(min=0).sqrt().item() for one, other in zip(each(images)[0], wanted)]
-    pruning, merging = agreed([sum(distances) / len(distances) for distances in far])
-    alone = pruning > 1.1 * merging
-    evaluate.say(f"root of the KL {merging:.3g} with merging alone, {pruning:.3g} with a little pruning: {'merging alone is' if alone else 'both are'} learned")
-    return starts[alone]
+    starts = {model.method: (model, *start(model, few, r, 0.002)), "ltm": (twin, r, scores, ranks)}
+    if chosen is None:
+        far = {method: [] for method in starts}
+        with torch.no_grad(), torch.autocast(batches[0].device.type, enabled=False):  # half precision differs from itself by more
+            for images in batches:
+                wanted = teacher(images)[0]  # (B, classes)
+                for method, (each, *_) in starts.items():
+                    far[method] += [evaluate.kl_divergence(one[None], other[None]).clamp(min=0).sqrt().item() for one, other in zip(each(images)[0], wanted)]
+        both, alone = (sum(distances) / len(distances) for distances in far.values())
+        chosen = agreed(model.method if both < 1.1 * alone else "ltm")
+        evaluate.say(f"root of the KL {alone:.3g} with merging alone, {both:.3g} with a little pruning: {'merging alone is' if chosen == 'ltm' else 'both are'} learned")
+    return starts[chosen]
 
 
 def land(model, batches, scores, ranks, target):
-    """Lower or raise all ranks by the same amount, which makes r the target. Returns r.
+    """Shift the ranks of merging by one number, or, where that is not enough, all ranks, so that r is the target. Returns r.
 
-    Those of merge thresholds alone, where that is enough, so that the prune thresholds stay as learned.
-    batches: images (B, 3, S, S); scores, ranks: from start; the ranks are changed in place.
+    batches: images (B, 3, S, S); scores, ranks: from start; the ranks are changed in place, and end between 0 and 1.
     """
     steps, before = [step for step, _ in threshold_maskers(model)], [rank.clone() for rank in ranks]
 
@@ -422,7 +429,7 @@ def find(f, target, tolerance):
         if sign * (here[1] - target) >= 0:
             low, high = sorted([last, here])
             break
-        if t == 1:
+        if t == 1 and abs(here[1] - target) > tolerance:
             return None
         last, t = here, min(1, 3 * t)
     else:
@@ -449,7 +456,7 @@ def load_checkpoint(args):
     if not path.is_file():
         raise ValueError(f"nothing to resume: no {path}; without --resume a run begins")
     saved = ltmp.read_file(path)
-    if not isinstance(saved, dict) or not {"model", "optimizer", "schedule", "scaler", "step", "overflows", "skipped", "ranks", "averages", "settings"} <= saved.keys():
+    if not isinstance(saved, dict) or not {"model", "optimizer", "schedule", "scaler", "step", "overflows", "skipped", "ranks", "averages", "method", "settings"} <= saved.keys():
         raise ValueError(f"{path} is no last.pt of this version of train.py")
     for name, value in settings(args).items():
         if saved["settings"].get(name) != value:
@@ -517,7 +524,7 @@ def main(argv=None):
                 evaluate.stop(f"none of {len(plain)} training images could be read")
             teacher = evaluate.with_method(model, "dense").eval()
             with evaluate.amp_context(device, args.amp):
-                learner, r, scores, ranks = choose(model, teacher, batches, args.target)
+                learner, r, scores, ranks = choose(model, teacher, batches, args.target, saved and saved["method"])
                 evaluate.say(f"start: r = {r:.3f}")
             met, shares = agreed(([found.cpu() for found in scores.values()], [rank.item() for rank in ranks]))
             scores = {masker: found.to(device) for masker, found in zip(scores, met)}
@@ -529,16 +536,18 @@ def main(argv=None):
                 masker.tau = args.tau * (found[len(found) * 3 // 4] - found[len(found) // 4]).clamp(min=1e-6).item()
             with evaluate.amp_context(device, args.amp):
                 r_by_threshold = agreed(r_gradient(learner, batches[0]).cpu()).to(device)
+            if saved:  # a run that was at its end has thresholds that learner has none for
+                saved["model"] = {name: saved["model"][name] for name in learner.state_dict()}
             skipped = learn(learner, augmented, args, device, saved, teacher, scores, ranks, r_by_threshold) | set(loader.bad.values())
             with evaluate.amp_context(device, args.amp):
                 r = land(learner, batches, scores, ranks, args.target)
                 evaluate.say(f"landing: r = {r:.3f} on {sum(map(len, batches))} training images")
             for masker, threshold in zip(scores, agreed([masker.threshold.item() for masker in scores])):
                 masker.threshold.data.fill_(threshold)
+            model = evaluate.with_method(learner, args.method)
             if evaluate.processes()[0] == 0:
                 last = torch.load(args.out / "last.pt", map_location="cpu", weights_only=True)
-                save_file(args.out / "last.pt", last | {"model": learner.state_dict()})  # with the ranks before: resumed, it lands again, and the same
-            model = evaluate.with_method(learner, args.method)
+                save_file(args.out / "last.pt", last | {"model": model.state_dict()})  # with the ranks before: resumed, it lands again, and the same
     except OutOfReach as error:
         evaluate.stop(error)
     if model.method != "dense":
@@ -549,7 +558,7 @@ def main(argv=None):
     evaluate.write_file(args.out / "metrics.json", json.dumps(metrics, indent=1))
     evaluate.say(evaluate.report(metrics, name, model.method), sys.stdout)
     if goal and args.recipe == "paper" and abs(metrics["flops_ratio"] - args.target) > 0.01:
-        evaluate.say("note: r missed the target: the paper's recipe is for an epoch of ImageNet, some 10,000 steps; --recipe adaptive ends at the target on any data")
+        evaluate.say("note: r missed the target: the paper's recipe is for an epoch of ImageNet, some 10,000 steps; --recipe adaptive lands on the target with any data")
     evaluate.say_skipped(evaluate.gathered(skipped | set(loader.bad.values())))
 
 
