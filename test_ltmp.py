@@ -1444,7 +1444,7 @@ def test_steer_goes_where_the_kl_falls_and_r_stays_and_back_to_the_target():
     torch.testing.assert_close(torch.cat(averages), 0.97 * 0.03 * gradient - 0.03 * 2 * gradient)
 
 
-@pytest.mark.parametrize("method, cosine", [("ltm", 0.95), ("ltp", 0.8), ("ltmp", 0.7)])  # where little is pruned, the gradient takes in more tokens than there are
+@pytest.mark.parametrize("method, cosine", [("ltm", 0.95), ("ltp", 0.8)])
 def test_the_gradient_of_r_is_near_its_differences(method, cosine):
     images = data.open_split(None, "train", evaluate.clean_transform(VARIANTS["demo"]))
     batch = torch.stack([image for image, _ in data.subset(images, 16)])
@@ -1493,7 +1493,8 @@ def has_learned(out, recipe):
     """Whether the run in the folder out is off where it started: at 0.9, or where all merge ranks are the same."""
     last = torch.load(out / "last.pt", weights_only=True)
     if recipe == "adaptive":
-        return max(last["ranks"][0::2]) - min(last["ranks"][0::2]) > 1e-5
+        merging = last["ranks"] if last["method"] == "ltm" else last["ranks"][0::2]
+        return max(merging) - min(merging) > 1e-5
     return max(abs(threshold - 0.9) for name, threshold in last["model"].items() if name.endswith("merge_masker.threshold")) > 1e-3
 
 
@@ -1939,7 +1940,7 @@ def test_a_signal_to_all_processes_saves_and_stops(tmp_path, number):
     step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
     assert f"stopped after step {step} of 2000; the same command with --resume goes on from there" in said[-1] and log.count("\n") == 1 + step
     on_one_core = "This DataLoader will create 2 worker processes", "check_worker_number"  # torch warns
-    assert all(line.startswith(("start: r", "train")) or any(text in line for text in on_one_core) for line in said)
+    assert all(line.startswith(("root of the KL", "start: r", "train")) or any(text in line for text in on_one_core) for line in said)
 
 
 def two_processes(flags, said, **named):
