@@ -179,6 +179,8 @@ def _rank(scores, descending):
 
 def flat_index(index, n):
     """index (B, M) of tokens within images of n tokens -> (B M,) of the same in all images, one after the other."""
+    if len(index) == 1:  # nothing to add, and with one image every small operation counts
+        return index[0]
     return (index + n * torch.arange(len(index), device=index.device)[:, None]).flatten()
 
 
@@ -205,7 +207,7 @@ def merge(x, key, size, mask, importance, masker):
         key = F.normalize(key.float(), dim=-1)
         similarity = key[:, 0::2] @ key[:, 1::2].transpose(1, 2)  # (B, Na, Nb)
     # At most 1, since rounding can lift a cosine above it, and a threshold of 1 is to mean: never merge. With dead B tokens -inf: nobody's partner.
-    similarity = similarity.clamp(max=torch.ones_like(mask_b).masked_fill(mask_b.logical_not(), -math.inf)[:, None])
+    similarity = similarity.clamp(max=(1 + mask_b.detach().log())[:, None])
     similarity, partner = similarity.max(dim=2)  # (B, Na), (B, Na)
     cannot_merge = mask_a.logical_not()
     cannot_merge[:, 0] = True  # neither dead tokens nor the class token
@@ -213,7 +215,7 @@ def merge(x, key, size, mask, importance, masker):
 
     # That a token merges matters in two ways: its mask ends (FLOPs fall, later attention misses it), and it lives on in the mean.
     # `gone` carries the gradient of the first, `weight` that of the second. The paper has the first alone, and only of tokens that merged.
-    if masker.whole_gradient:
+    if masker.whole_gradient or not merged.requires_grad:
         gone, weight = merged, merged * size_a  # (B, Na)
     else:
         gone, weight = torch.where(merged > 0, merged, merged.detach()), merged.detach() * size_a
@@ -240,27 +242,31 @@ def prune(mask, importance, masker):
     return mask * masker(importance.masked_fill(mask.logical_not(), math.inf), mask)
 
 
+def live_counts(mask):
+    """mask (B, N) -> the number of live tokens of each image, as a list: what a GPU must be waited for."""
+    return mask.sum(1).int().tolist()
+
+
 def live_first(mask, tensors, drop):
     """Move the dead behind the live, whose order stays; with drop=True cut off what no image of the batch needs.
 
     With the mask, this makes the masked and the dropping execution one function: "every other token"
-    means the same live tokens in both. mask (B, N), tensors (B, N) or (B, N, C) -> mask, tensors.
+    means the same live tokens in both. mask (B, N), tensors (B, N) or (B, N, C) -> mask, tensors, counts, those of live_counts.
     """
-    order = mask.argsort(dim=1, descending=True, stable=True)  # (B, N)
+    order, counts = mask.argsort(dim=1, descending=True, stable=True), live_counts(mask)  # (B, N), and a list
     if drop:
-        order = order[:, : int(mask.sum(1).max())]  # (B, N'), N' the longest image
+        order = order[:, : max(counts)]  # (B, N'), N' the longest image
     rows = flat_index(order, mask.shape[1])
     ordered = lambda t: t.flatten(0, 1).index_select(0, rows).unflatten(0, order.shape)  # whole rows: faster than gather, which moves single numbers
-    return mask.gather(1, order), [t.gather(1, order) if t.dim() == 2 else ordered(t) for t in tensors]
+    return mask.gather(1, order), [t.gather(1, order) if t.dim() == 2 else ordered(t) for t in tensors], counts
 
 
-def live_rows(mask, drop):
-    """mask (B, N) -> (live, dead, drop): which of the B N positions hold live tokens, which dead ones, and drop as given, for on_live. None if all are live."""
-    dead = mask.flatten() == 0
-    live = dead.numel() - int(dead.sum())
-    if live == dead.numel():
+def live_rows(mask, counts, drop):
+    """mask (B, N), counts of live_first -> (live, dead, drop): which of the B N positions hold live tokens, which dead ones, and drop as given, for on_live. None if all are live."""
+    live = sum(counts)
+    if live == mask.numel():
         return None
-    order = dead.int().argsort(stable=True)
+    order = mask.flatten().argsort(descending=True, stable=True)
     return order[:live], order[live:], drop
 
 
@@ -296,7 +302,7 @@ class PatchEmbed(nn.Module):
         return self.proj(images).flatten(2).transpose(1, 2)
 
 
-def attend(q, k, v, size, mask):
+def attend(q, k, v, size, mask, training):
     """Proportional attention (ToMe, arXiv 2210.09461) to the live tokens, and the importance of each token (paper).
 
         attn_ij = m_j s_j exp(q_i k_j) / sum_n m_n s_n exp(q_i k_n)        m: mask, s: size, q k over sqrt(D)
@@ -307,16 +313,18 @@ def attend(q, k, v, size, mask):
 
     q (B, H, M, D), k, v (B, H, N, D), size, mask (B, N); the first N of the M >= N queries are the same tokens as the keys, the others
     are dead in all images, and asked for only in training, where their mask needs to know what they attend to
-    -> out (B, H, M, D), importance (B, N) float32, logits, attn (B, H, M, N) float32. Not for
-    autograd, for which a mask that enters as -inf has no gradient: see MaskedAttention.
+    -> out (B, H, M, D), importance (B, N) float32, attn (B, H, M, N) float32, and in training log_sum (B, H, M, 1) with attn = exp(logits - log_sum).
+    Not for autograd, for which a mask that enters as -inf has no gradient: see MaskedAttention.
     """
     logits = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).float()  # (B, H, M, N)
-    logits += size.log().masked_fill(mask.logical_not(), -math.inf)[:, None, None]  # in place: fresh memory is slow on a CPU
-    attn = logits.softmax(-1)
+    logits += (size * mask).log()[:, None, None]  # in place, as softmax is: fresh memory is slow on a CPU
+    largest = logits.amax(-1, keepdim=True) if training else None  # (B, H, M, 1)
+    attn = torch.softmax(logits, -1, out=logits)
     query_weight = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), for the mean
     with torch.autocast(q.device.type, enabled=False):  # averaged in float32 under AMP too: half would round the scores
         importance = (query_weight @ attn[:, :, : k.shape[2]]).sum((1, 2))  # (B, N)
-    return attn.to(v.dtype) @ v, importance, logits, attn
+    log_sum = largest - attn.amax(-1, keepdim=True).log() if training else None
+    return attn.to(v.dtype) @ v, importance, attn, log_sum
 
 
 # The largest `ratio` in attend_backward, of a dead token to all living ones. Brought back, it would take ratio / (1 + ratio) of the attention,
@@ -361,14 +369,13 @@ def attend_backward(q, k, v, size, mask, out, attn, log_sum, d_out, d_importance
     return d_logits @ k[:, :, :N] * D**-0.5, d_logits.transpose(-2, -1) @ q, d_v, d_log_weight / size[:, :N], d_mask
 
 
-def parts_of(mask):
-    """mask (B, N) -> what attention takes at once: [(images, live tokens of the shortest, and of the longest of them)].
+def parts_of(counts, device):
+    """counts of live_first -> what attention takes at once: [(images, live tokens of the shortest, and of the longest of them)].
 
     On a CPU an image for each thread: fewer leave threads idle, more are slower, since more are padded to the longest and less fits into the cache
     (measured with one and two threads). Elsewhere all.
     """
-    step = torch.get_num_threads() if mask.device.type == "cpu" else len(mask)
-    counts = mask.sum(1).int().tolist()
+    step = torch.get_num_threads() if device.type == "cpu" else len(counts)
     return [(slice(i, i + step), min(counts[i : i + step]), max(counts[i : i + step])) for i in range(0, len(counts), step)]
 
 
@@ -380,19 +387,19 @@ class MaskedAttention(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, size, mask):
-        """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32. The dead have queries too where a gradient is wanted."""
+    def forward(ctx, q, k, v, size, mask, counts):
+        """q, k, v (B, H, N, D), size, mask (B, N), counts of live_first -> out (B, H, N, D), importance (B, N) float32. The dead have queries too where a gradient is wanted."""
         B, H, N, D = q.shape
-        ctx.parts, kept, together = parts_of(mask), [], None
+        ctx.parts, kept, together = parts_of(counts, mask.device), [], None
         training = any(ctx.needs_input_grad)
         for images, _, n in ctx.parts:
             queries = N if training else n  # the mask of the dead is their weight in the importance too: its gradient needs what they attend to
-            out, importance, logits, attn = attend(q[images, :, :queries], k[images, :, :n], v[images, :, :n], size[images, :n], mask[images, :n])
+            out, importance, *found = attend(q[images, :, :queries], k[images, :, :n], v[images, :, :n], size[images, :n], mask[images, :n], training)
             if len(out) < B or n < N:  # else this is all there is, nothing to put together
                 together = together or (q.new_zeros(B, N, H, D).transpose(1, 2), torch.zeros_like(size))
                 together[0][images, :, :queries], together[1][images, :n] = out, importance
             if training:
-                kept += [attn, logits.amax(-1, keepdim=True) - attn.amax(-1, keepdim=True).log()]  # log_sum, at the largest logit
+                kept += found  # attn, log_sum
         out, importance = together or (out, importance)
         ctx.save_for_backward(q, k, v, size, mask, out, *kept)
         return out, importance
@@ -408,17 +415,18 @@ class MaskedAttention(torch.autograd.Function):
             for grad, part in zip(grads[:3], found):
                 grad[images, :, :n] = part
             grads[3][images, :n], grads[4][images] = found[3:]
-        return tuple(grads)
+        return *grads, None
 
 
-def masked_attention(q, k, v, size, mask):
+def masked_attention(q, k, v, size, mask, counts=None):
     """attend, with a gradient if one is wanted. The class token's importance is inf: it is never pruned.
 
-    q, k, v (B, H, N, D), size, mask (B, N), live tokens first
+    q, k, v (B, H, N, D), size, mask (B, N), live tokens first, counts of live_first, if at hand: else a GPU is waited for once more
     -> out (B, H, N, D), importance (B, N) float32; the dead rows of out mean nothing.
     """
-    out, importance = MaskedAttention.apply(q, k, v, size, mask)
-    return out, torch.cat([torch.full_like(importance[:, :1], math.inf), importance[:, 1:]], 1)
+    out, importance = MaskedAttention.apply(q, k, v, size, mask, counts or live_counts(mask))
+    importance[:, 0] = math.inf
+    return out, importance
 
 
 class Attention(nn.Module):
@@ -430,8 +438,8 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x, size, mask, rows):
-        """x (B, N, C), size, mask (B, N), rows for on_live -> out (B, N, C), key (B, N, D), importance (B, N).
+    def forward(self, x, size, mask, counts, rows):
+        """x (B, N, C), size, mask (B, N), counts of live_first, rows for on_live -> out (B, N, C), key (B, N, D), importance (B, N).
 
         Where mask is None (the dense method), torch's fused attention; key and importance, for which nobody asks, are None too.
         """
@@ -441,7 +449,7 @@ class Attention(nn.Module):
         if mask is None:
             out, key, importance = F.scaled_dot_product_attention(q, k, v), None, None
         else:
-            out, importance = masked_attention(q, k, v, size, mask)
+            out, importance = masked_attention(q, k, v, size, mask, counts)
             key = k.mean(1, dtype=torch.float32)  # (B, N, D)
         return on_live(self.proj, out.transpose(1, 2).reshape(B, N, C), rows), key, importance
 
@@ -487,13 +495,13 @@ class Block(nn.Module):
         self.mlp = MLP(dim, int(dim * config.mlp_ratio))
         self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
 
-    def forward(self, x, size, mask, rows, drop, patches):
-        """x (B, N, C), size, mask (B, N), live tokens first -> x, size, mask, rows, patches after the block, cut to the longest image if drop.
+    def forward(self, x, size, mask, counts, rows, drop, patches):
+        """x (B, N, C), size, mask (B, N), live tokens first -> x, size, mask, counts, rows, patches after the block, cut to the longest image if drop.
 
-        rows: live_rows(mask, drop), None if all are live; returned for the new mask. patches (B, N, P): above 0 where the token holds
+        counts: live tokens of each image, a list. rows: live_rows(mask, counts, drop), None if all are live. patches (B, N, P): above 0 where the token holds
         the patch, or None where nobody asks. They travel as further channels of x, so that what becomes of a token becomes of its patches.
         """
-        out, key, importance = self.attn(self.norm1(x), size, mask, rows)
+        out, key, importance = self.attn(self.norm1(x), size, mask, counts, rows)
         x = x + self.ls1(out)
         if patches is not None:
             x = torch.cat([x, patches.to(x.dtype)], 2)  # (B, N, C + P)
@@ -503,13 +511,13 @@ class Block(nn.Module):
             else:
                 mask = prune(mask, importance, self.prune_masker)
             if step == self.steps[-1]:
-                mask, (x, size) = live_first(mask, (x, size), drop)
+                mask, (x, size), counts = live_first(mask, (x, size), drop)
             elif step == "prune":  # merge pairs every other live token: the dead must be behind before it
-                mask, (x, size, importance, key) = live_first(mask, (x, size, importance, key), drop)
+                mask, (x, size, importance, key), counts = live_first(mask, (x, size, importance, key), drop)
         if patches is not None:
             x, patches = x.split([out.shape[2], patches.shape[2]], 2)
-        rows = None if mask is None else live_rows(mask, drop)
-        return x + self.ls2(on_live(self.mlp, self.norm2(x), rows)), size, mask, rows, patches
+        rows = None if mask is None else live_rows(mask, counts, drop)
+        return x + self.ls2(on_live(self.mlp, self.norm2(x), rows)), size, mask, counts, rows, patches
 
 
 class LTMPViT(nn.Module):
@@ -559,9 +567,9 @@ class LTMPViT(nn.Module):
         size = torch.ones(x.shape[:2], dtype=torch.float32, device=x.device)  # (B, N)
         mask = None if self.method == "dense" else torch.ones_like(size)  # (B, N)
         patches = torch.eye(x.shape[1], device=x.device)[:, 1:].expand(len(x), -1, -1) if trace else None  # (B, N, N - 1)
-        kept, held_by, rows = [], [], None
+        kept, held_by, rows, counts = [], [], None, [x.shape[1]] * len(x)
         for block in self.blocks:
-            x, size, mask, rows, patches = block(x, size, mask, rows, drop, patches)
+            x, size, mask, counts, rows, patches = block(x, size, mask, counts, rows, drop, patches)
             kept.append((size if mask is None else mask).sum(1))  # dense: all sizes are 1
             if trace:
                 share, token = (patches if mask is None else patches * mask[:, :, None]).max(1)  # (B, N - 1) each

@@ -219,10 +219,9 @@ def test_attention_logits_of_ten_thousand(method, monkeypatch):
     spread_weights(model, 3, sharpness=150.0)
     seen, original = [], ltmp.attend
 
-    def spy(*inputs):
-        out = original(*inputs)
-        seen.append(out[2].max().item())
-        return out
+    def spy(q, k, *others):
+        seen.append((q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).max().item())
+        return original(q, k, *others)
 
     monkeypatch.setattr(ltmp, "attend", spy)
     assert_one_function(model, images)
@@ -280,8 +279,8 @@ def test_a_step_of_a_batch_is_a_loop_over_the_tokens_of_each_image(live, dead, s
     pruned = ltmp.prune(merged, most, maskers[1])
     assert set(merged.unique().tolist()) | set(pruned.unique().tolist()) <= {0.0, 1.0}
     for drop in (False, True):
-        new_mask, (x_out, size_out, most_out) = ltmp.live_first(pruned, (x, new_size, most), drop)
-        assert new_mask.shape[1] == (longest if drop else N)
+        new_mask, (x_out, size_out, most_out), counts = ltmp.live_first(pruned, (x, new_size, most), drop)
+        assert new_mask.shape[1] == (longest if drop else N) and counts == list(map(len, expected))
         for i, tokens in enumerate(expected):
             n = len(tokens)
             assert tokens[0] == [0] and new_mask[i].tolist() == [1.0] * n + [0.0] * (new_mask.shape[1] - n)
@@ -313,7 +312,7 @@ def test_fixed_count_removes_r_but_never_half(method):
     assert kept[:, 0].tolist() == [37, 24, 13, 7, 4]  # 13, 13, then at most (n - 1) // 2 of n
 
 
-def plain_attention(q, k, v, size, mask):
+def plain_attention(q, k, v, size, mask, counts):
     """The formula of MaskedAttention as one would write it down."""
     logits = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5 + size.log()[:, None, None]
     live = mask[:, None, None]
@@ -335,7 +334,7 @@ def test_attention_and_its_gradient_equal_the_plain_formula(images_at_once, shar
     results = []
     for function in (plain_attention, ltmp.MaskedAttention.apply):
         inputs = [t.clone().requires_grad_() for t in (q, k, v, size, mask)]
-        out, importance = function(*inputs)
+        out, importance = function(*inputs, counts)
         loss = (out * weight_out).sum() + (importance * weight_importance).sum()
         results.append([out, importance, *torch.autograd.grad(loss, inputs)])
     for ours, plain in zip(results[1], results[0]):
@@ -415,7 +414,7 @@ def test_attention_and_its_gradient_in_half_precision_are_about_those_of_float32
     results = []
     for exact in (torch.float32, dtype):
         inputs = [t.detach().clone().requires_grad_() for t in (q.to(exact), k.to(exact), v.to(exact), size, mask)]
-        out, importance = ltmp.MaskedAttention.apply(*inputs)
+        out, importance = ltmp.MaskedAttention.apply(*inputs, ltmp.live_counts(mask))
         loss = (out * weight_out * mask[:, None, :, None]).float().sum() + (importance * weight_importance).sum()
         results.append([out * mask[:, None, :, None], importance, *torch.autograd.grad(64 * loss, inputs)])
     for exact, rounded in zip(*results):
