@@ -1413,7 +1413,7 @@ def test_ctrl_c_in_the_last_step_stops_too(tiny, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
 def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
-    train.main(["--limit-train", "160", "--limit-val", "200", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
+    train.main(["--limit-train", "96", "--limit-val", "200", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
     metrics, found = read(tmp_path / "metrics.json"), read(tmp_path / "thresholds.json")
     assert metrics["flops_ratio"] == pytest.approx(0.6, abs=0.03)  # 200 images; on all of them it is closer
     assert {key for key in found if key.endswith("_thresholds")} == {f"{step}_thresholds" for step in METHODS[method]}
@@ -1467,7 +1467,7 @@ def test_the_gradient_of_r_is_near_its_differences(method, cosine):
 
 
 def test_learning_betters_where_it_starts(tmp_path):
-    train.main(["--limit-train", "480", "--limit-val", "10", "--method", "ltp", "--target", "0.5", "--out", str(tmp_path)])
+    train.main(["--limit-train", "160", "--limit-val", "10", "--method", "ltp", "--target", "0.5", "--out", str(tmp_path)])
     images = data.open_split(None, "val", evaluate.clean_transform(VARIANTS["demo"]))
     batch = torch.stack([image for image, _ in data.subset(images, 200)])
     model = load_thresholds(demo_model("ltp"), tmp_path / "thresholds.json").eval()
