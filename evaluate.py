@@ -818,7 +818,7 @@ def frontier(name, state, dense, loader, args, device):
                     learn = [f"--method={method}", f"--target={target}", f"--seed={seed}", f"--out={run}", "--limit-val=1", *shared, *again]
                     code = subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *learn], stdout=subprocess.DEVNULL).returncode
                     if code:
-                        stop(f"{run.name}: train.py ended with code {code}; the same command goes on from there")
+                        stop(f"{run.name}: train.py ended with code {code}; the same command goes on from there, once the reason that it gave, if any, is gone")
                 model = ltmp.load_thresholds(build(method), run / "thresholds.json")
             write_file(found, json.dumps(measure_both(model.to(device), loader, device, args.amp, dense_logits), indent=1))
         metrics = json.loads(found.read_text())

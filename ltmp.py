@@ -6,7 +6,8 @@ scalars decide which tokens are merged into a similar one and which are dropped.
 
 Read from top to bottom: configurations, the masker (the learned threshold), merge and prune,
 attention, the block that puts them in order, the model; then, of no interest to the method, the
-reading of files. `live_rows`, `on_live` and `parts_of` only save work. Only torch is needed, so
+reading of files. `live_counts`, `live_rows`, `on_live` and `parts_of` only save work, as `counts` and `rows`
+do, which they hand from block to block. Only torch is needed, so
 this file can be copied alone.
 
 Shapes: B images, N tokens (the class token first), C channels, H heads, D = C / H channels a head.
@@ -312,8 +313,8 @@ def attend(q, k, v, size, mask, training):
     queries count for importance, because when tokens are really dropped there are no others.
 
     q (B, H, M, D), k, v (B, H, N, D), size, mask (B, N); the first N of the M >= N queries are the same tokens as the keys, the others
-    are dead in all images, and asked for only in training, where their mask needs to know what they attend to
-    -> out (B, H, M, D), importance (B, N) float32, attn (B, H, M, N) float32, and in training log_sum (B, H, M, 1) with attn = exp(logits - log_sum).
+    are dead in all images, and asked for only in training (a gradient is wanted), where their mask needs to know what they attend to
+    -> out (B, H, M, D), importance (B, N) float32, attn (B, H, M, N) float32, and in training log_sum (B, H, M, 1), the log of the sum in attn's denominator.
     Not for autograd, for which a mask that enters as -inf has no gradient: see MaskedAttention.
     """
     logits = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).float()  # (B, H, M, N)
@@ -323,7 +324,7 @@ def attend(q, k, v, size, mask, training):
     query_weight = (mask / mask.sum(1, keepdim=True))[:, None, None] / q.shape[1]  # (B, 1, 1, N), for the mean
     with torch.autocast(q.device.type, enabled=False):  # averaged in float32 under AMP too: half would round the scores
         importance = (query_weight @ attn[:, :, : k.shape[2]]).sum((1, 2))  # (B, N)
-    log_sum = largest - attn.amax(-1, keepdim=True).log() if training else None
+    log_sum = largest - attn.amax(-1, keepdim=True).log() if training else None  # attn = exp(logits - log_sum), where it is largest
     return attn.to(v.dtype) @ v, importance, attn, log_sum
 
 
@@ -498,7 +499,7 @@ class Block(nn.Module):
     def forward(self, x, size, mask, counts, rows, drop, patches):
         """x (B, N, C), size, mask (B, N), live tokens first -> x, size, mask, counts, rows, patches after the block, cut to the longest image if drop.
 
-        counts: live tokens of each image, a list. rows: live_rows(mask, counts, drop), None if all are live. patches (B, N, P): above 0 where the token holds
+        counts: live tokens of each image, a list, read only where there is a mask. rows: live_rows(mask, counts, drop), None if all are live. patches (B, N, P): above 0 where the token holds
         the patch, or None where nobody asks. They travel as further channels of x, so that what becomes of a token becomes of its patches.
         """
         out, key, importance = self.attn(self.norm1(x), size, mask, counts, rows)

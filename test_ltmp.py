@@ -1737,7 +1737,7 @@ def test_where_a_run_of_the_frontier_fails_it_says_how_to_go_on(tiny, tmp_path, 
     with pytest.raises(SystemExit) as stopped:
         evaluate.main([*TINY_MODEL, "--frontier", str(tmp_path), "--methods", "ltm", "--targets", "0.6", "--limit-val", "10", "--recipe", "paper"])
     assert {"--method=ltm", "--target=0.6", "--recipe=paper"} < set(commands[0])
-    assert stopped.value.code == 2 and "ltm-0.6-0: train.py ended with code 2; the same command goes on from there" in capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2 and "ltm-0.6-0: train.py ended with code 2; the same command goes on from there, once the reason that it gave, if any, is gone" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_frontier_points_are_means_over_seeds_with_their_spread():

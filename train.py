@@ -457,7 +457,7 @@ def load_checkpoint(args):
         raise ValueError(f"nothing to resume: no {path}; without --resume a run begins")
     saved = ltmp.read_file(path)
     if not isinstance(saved, dict) or not {"model", "optimizer", "schedule", "scaler", "step", "overflows", "skipped", "ranks", "averages", "method", "settings"} <= saved.keys():
-        raise ValueError(f"{path} is no last.pt of this version of train.py")
+        raise ValueError(f"{path} is no last.pt of this version of train.py: begin anew, with --overwrite in place of --resume, or without this file")
     for name, value in settings(args).items():
         if saved["settings"].get(name) != value:
             raise ValueError(f"{path} was made with {name} = {saved['settings'].get(name)}, not {value}: resume with the same settings")
