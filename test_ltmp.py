@@ -219,9 +219,9 @@ def test_attention_logits_of_ten_thousand(method, monkeypatch):
     spread_weights(model, 3, sharpness=150.0)
     seen, original = [], ltmp.attend
 
-    def spy(q, k, *others):
-        seen.append((q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).max().item())
-        return original(q, k, *others)
+    def spy(q, k, v, size, mask, training):
+        seen.append((q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).masked_fill(mask[:, None, None] == 0, -math.inf).max().item())  # of live keys
+        return original(q, k, v, size, mask, training)
 
     monkeypatch.setattr(ltmp, "attend", spy)
     assert_one_function(model, images)
