@@ -317,7 +317,8 @@ def attend(q, k, v, size, mask, training):
     -> out (B, H, M, D), importance (B, N) float32, attn (B, H, M, N) float32, and in training log_sum (B, H, M, 1), the log of the sum in attn's denominator.
     Not for autograd, for which a mask that enters as -inf has no gradient: see MaskedAttention.
     """
-    logits = (q * q.shape[-1] ** -0.5 @ k.transpose(-2, -1)).float()  # (B, H, M, N)
+    scaled = torch.baddbmm(q.new_zeros(()), q.flatten(0, 1), k.transpose(-2, -1).flatten(0, 1), beta=0, alpha=q.shape[-1] ** -0.5)  # q k, scaled on its way
+    logits = scaled.view(*q.shape[:3], -1).float()  # (B, H, M, N)
     logits += (size * mask).log()[:, None, None]  # in place, as softmax is: fresh memory is slow on a CPU
     largest = logits.amax(-1, keepdim=True) if training else None  # (B, H, M, 1)
     attn = torch.softmax(logits, -1, out=logits)
@@ -370,13 +371,13 @@ def attend_backward(q, k, v, size, mask, out, attn, log_sum, d_out, d_importance
     return d_logits @ k[:, :, :N] * D**-0.5, d_logits.transpose(-2, -1) @ q, d_v, d_log_weight / size[:, :N], d_mask
 
 
-def parts_of(counts, device):
+def parts_of(counts, heads, device):
     """counts of live_first -> what attention takes at once: [(images, live tokens of the shortest, and of the longest of them)].
 
-    On a CPU an image for each thread: fewer leave threads idle, more are slower, since more are padded to the longest and less fits into the cache
-    (measured with one and two threads). Elsewhere all.
+    On a CPU as many images as have 2 MB of logits, which stay in the cache, and at least one for each thread: fewer leave the
+    threads idle or busy with small steps, more are slower again (measured with two threads). Elsewhere all.
     """
-    step = torch.get_num_threads() if device.type == "cpu" else len(counts)
+    step = max(torch.get_num_threads(), 2**19 // (heads * max(counts) ** 2)) if device.type == "cpu" else len(counts)
     return [(slice(i, i + step), min(counts[i : i + step]), max(counts[i : i + step])) for i in range(0, len(counts), step)]
 
 
@@ -391,7 +392,7 @@ class MaskedAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, size, mask, counts):
         """q, k, v (B, H, N, D), size, mask (B, N), counts of live_first -> out (B, H, N, D), importance (B, N) float32. The dead have queries too where a gradient is wanted."""
         B, H, N, D = q.shape
-        ctx.parts, kept, together = parts_of(counts, mask.device), [], None
+        ctx.parts, kept, together = parts_of(counts, H, mask.device), [], None
         training = any(ctx.needs_input_grad)
         for images, _, n in ctx.parts:
             queries = N if training else n  # the mask of the dead is their weight in the importance too: its gradient needs what they attend to
