@@ -371,13 +371,16 @@ def attend_backward(q, k, v, size, mask, out, attn, log_sum, d_out, d_importance
     return d_logits @ k[:, :, :N] * D**-0.5, d_logits.transpose(-2, -1) @ q, d_v, d_log_weight / size[:, :N], d_mask
 
 
+CACHED_LOGITS = 2**19  # 2 MB of float32, what is taken to stay in a CPU's cache
+
+
 def parts_of(counts, heads, device):
     """counts of live_first -> what attention takes at once: [(images, live tokens of the shortest, and of the longest of them)].
 
-    On a CPU as many images as have 2 MB of logits, which stay in the cache, and at least one for each thread: fewer leave the
-    threads idle or busy with small steps, more are slower again (measured with two threads). Elsewhere all.
+    On a CPU as many images as have CACHED_LOGITS, and at least one for each thread: fewer leave the threads idle
+    or busy with small steps, more are slower again (measured with two threads). Elsewhere all.
     """
-    step = max(torch.get_num_threads(), 2**19 // (heads * max(counts) ** 2)) if device.type == "cpu" else len(counts)
+    step = max(torch.get_num_threads(), CACHED_LOGITS // (heads * max(counts) ** 2)) if device.type == "cpu" else len(counts)
     return [(slice(i, i + step), min(counts[i : i + step]), max(counts[i : i + step])) for i in range(0, len(counts), step)]
 
 

@@ -150,6 +150,7 @@ def random_model(seed, method, **changes):
 @pytest.fixture(params=[1, 2, 1000])
 def images_at_once(request, monkeypatch):
     """The test runs with attention image by image, as on a CPU with one thread, by two, and all together, as on a GPU."""
+    monkeypatch.setattr(ltmp, "CACHED_LOGITS", 0)
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
