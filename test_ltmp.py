@@ -154,6 +154,19 @@ def images_at_once(request, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: request.param)
 
 
+def test_attention_takes_every_image_once_and_no_more_at_a_time_than_the_cache_holds(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for images, longest in ((1, 257), (2, 1), (3, 1000), (64, 257), (64, 50), (500, 20)):
+        counts = [random.Random(i).randint(1, longest) for i in range(images)]
+        parts = ltmp.parts_of(counts, 6, torch.device("cpu"))
+        assert sum((counts[part] for part, _, _ in parts), []) == counts
+        for part, shortest, n in parts:
+            taken = counts[part]
+            assert (shortest, n) == (min(taken), max(taken))
+            assert len(taken) <= 2 or 6 * len(taken) * n * n <= ltmp.CACHED_LOGITS
+        assert len(ltmp.parts_of(counts, 6, torch.device("meta"))) == 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_one_semantics_on_random_models(images_at_once, method):
     reduced = 0
