@@ -1324,8 +1324,8 @@ def test_thresholds_of_a_deit_on_a_folder_of_jpegs(tmp_path, capsys):
     source = create_model("deit_tiny_patch16_224", "dense")
     spread_weights(source, 0)
     torch.save({"model": source.state_dict()}, tmp_path / "deit.pth")
-    common = ["--model", "deit_tiny_patch16_224", "--weights", str(tmp_path / "deit.pth"), "--data", str(tmp_path / "images"), "--workers", "1"]
-    train.main(common + ["--target", "0.75", "-b", "4", "--out", str(tmp_path / "out")])
+    common = ["--model", "deit_tiny_patch16_224", "--weights", str(tmp_path / "deit.pth"), "--data", str(tmp_path / "images"), "--workers", "1", "-b", "4"]
+    train.main(common + ["--target", "0.75", "--out", str(tmp_path / "out")])
 
     found, metrics = read(tmp_path / "out" / "thresholds.json"), read(tmp_path / "out" / "metrics.json")
     assert METRICS <= metrics.keys() and metrics["images"] == 12 and len(metrics["kept"]) == 12
