@@ -158,13 +158,14 @@ def test_attention_takes_every_image_once_and_no_more_at_a_time_than_the_cache_h
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     for images, longest in ((1, 257), (2, 1), (3, 1000), (64, 257), (64, 50), (500, 20)):
         counts = [random.Random(i).randint(1, longest) for i in range(images)]
-        parts = ltmp.parts_of(counts, 6, torch.device("cpu"))
+        parts = ltmp.parts_of(counts, 6, torch.device("cpu"), training=False)
         assert sum((counts[part] for part, _, _ in parts), []) == counts
         for part, shortest, n in parts:
             taken = counts[part]
             assert (shortest, n) == (min(taken), max(taken))
             assert len(taken) <= 2 or 6 * len(taken) * n * n <= ltmp.CACHED_LOGITS
-        assert len(ltmp.parts_of(counts, 6, torch.device("meta"))) == 1
+        assert len(ltmp.parts_of(counts, 6, torch.device("meta"), training=False)) == 1
+        assert len(ltmp.parts_of(counts, 6, torch.device("cpu"), training=True)) == (images + 1) // 2
 
 
 @pytest.mark.parametrize("method", METHODS)
