@@ -343,8 +343,8 @@ def measure(model, loader, device, amp=None, name="evaluate", dense=None):
             wanted = dense(step, images) if dense else logits  # (B, classes)
         best = [some.float().topk(min(5, some.shape[1])).indices == labels[:, None] for some in (logits, wanted)]  # (B, 5) each
         hits = [hit for some in best for hit in (some[:, 0].sum(), some.sum())]
-        kept = kept.cpu().double()
-        means = torch.stack([flops_ratio(kept, model.config), kl_divergence(logits, wanted).cpu()])
+        kept, logits, wanted = (some.cpu().double() for some in (kept, logits, wanted))  # in float32 a KL of 4e-07 would be wrong by a quarter
+        means = torch.stack([flops_ratio(kept, model.config), kl_divergence(logits, wanted)])
         sums += torch.cat([torch.tensor([len(images), *hits], dtype=torch.float64), means * len(images), kept.sum(1)])
         progress.show(f"{name}: {int(sums[0])} images, top-1 {100 * sums[1] / sums[0]:.2f} %", step, batches)
     sums = total(sums)
@@ -368,8 +368,8 @@ def measure_both(model, loader, device, amp=None, dense=None):
 
 
 def kl_divergence(logits, wanted):
-    """How far predictions are from wanted ones: the mean over images of sum_c p_c log(p_c / q_c), in nats; p, q: softmax of wanted, logits (B, classes)."""
-    logits, wanted = (some.float().log_softmax(1) for some in (logits, wanted))
+    """How far predictions are from wanted ones: the mean over images of sum_c p_c log(p_c / q_c), in nats; p, q: softmax of wanted, logits (B, classes), at least in float32."""
+    logits, wanted = (some.to(torch.promote_types(some.dtype, torch.float32)).log_softmax(1) for some in (logits, wanted))
     return F.kl_div(logits, wanted, reduction="batchmean", log_target=True)
 
 

@@ -1325,8 +1325,8 @@ def test_thresholds_of_a_deit_on_a_folder_of_jpegs(tmp_path, capsys):
     source = create_model("deit_tiny_patch16_224", "dense")
     spread_weights(source, 0)
     torch.save({"model": source.state_dict()}, tmp_path / "deit.pth")
-    common = ["--model", "deit_tiny_patch16_224", "--weights", str(tmp_path / "deit.pth"), "--data", str(tmp_path / "images"), "--workers", "1", "-b", "4"]
-    train.main(common + ["--target", "0.75", "--out", str(tmp_path / "out")])
+    common = ["--model", "deit_tiny_patch16_224", "--weights", str(tmp_path / "deit.pth"), "--data", str(tmp_path / "images"), "--workers", "1"]
+    train.main(common + ["--target", "0.75", "-b", "4", "--out", str(tmp_path / "out")])
 
     found, metrics = read(tmp_path / "out" / "thresholds.json"), read(tmp_path / "out" / "metrics.json")
     assert METRICS <= metrics.keys() and metrics["images"] == 12 and len(metrics["kept"]) == 12
@@ -1426,7 +1426,7 @@ def test_ctrl_c_in_the_last_step_stops_too(tiny, tmp_path, monkeypatch, capsys):
     assert run("b", "--resume") == whole
 
 
-@pytest.mark.parametrize("method", ["ltmp", "ltp", "ltpm"])
+@pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
 def test_the_adaptive_recipe_meets_the_target_on_the_demo(tmp_path, method):
     train.main(["--limit-train", "96", "--limit-val", "200", "--method", method, "--target", "0.6", "--out", str(tmp_path)])
     metrics, found = read(tmp_path / "metrics.json"), read(tmp_path / "thresholds.json")
