@@ -29,7 +29,9 @@ def layer_flops(config, kept=None):
         raise ValueError(f"kept must hold one count per block: {config.depth}, not {len(kept)}")
     layers, n = [("patch_embed", patches, patches * 3 * config.patch_size**2 * d)], patches + 1
     for i, m in enumerate(kept):
-        layers.append((f"blocks.{i}.attn", n, 4 * n * d * d + 2 * n * n * d))  # qkv, proj; q k^T, attn v
+        layers.append(
+            (f"blocks.{i}.attn", n, 4 * n * d * d + 2 * n * n * d)
+        )  # qkv, proj; q k^T, attn v
         layers.append((f"blocks.{i}.mlp", m, 2 * m * d * int(d * config.mlp_ratio)))
         n = m
     return layers + [("head", 1, d * config.num_classes)]
@@ -57,9 +59,18 @@ def main():
     parser = argparse.ArgumentParser(description="FLOPs (multiply-adds) per image, layer by layer.")
     parser.add_argument("model", choices=VARIANTS, metavar="MODEL", help=", ".join(VARIANTS))
     given = parser.add_mutually_exclusive_group()
-    given.add_argument("--kept", nargs="+", type=float, metavar="N",
-                       help="tokens kept after each block, class token included (default: all)")
-    given.add_argument("--metrics", metavar="FILE", help="take them from a metrics.json: means over its images, so that r is a little smaller than there")
+    given.add_argument(
+        "--kept",
+        nargs="+",
+        type=float,
+        metavar="N",
+        help="tokens kept after each block, class token included (default: all)",
+    )
+    given.add_argument(
+        "--metrics",
+        metavar="FILE",
+        help="take them from a metrics.json: means over its images, so that r is a little smaller than there",
+    )
     args = parser.parse_args()
     config, kept = VARIANTS[args.model], args.kept
     if args.metrics:
@@ -68,13 +79,19 @@ def main():
                 kept = [float(n) for n in json.load(file)["kept"]]
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"{args.metrics} is no metrics.json of train.py or evaluate.py: {error!r}")
-    if kept is not None and not (len(kept) == config.depth and all(1 <= n <= config.num_tokens for n in kept)):
-        parser.error(f"{args.model} keeps 1 to {config.num_tokens} tokens in each of {config.depth} blocks; got {' '.join(f'{n:g}' for n in kept)}")
+    if kept is not None and not (
+        len(kept) == config.depth and all(1 <= n <= config.num_tokens for n in kept)
+    ):
+        parser.error(
+            f"{args.model} keeps 1 to {config.num_tokens} tokens in each of {config.depth} blocks; got {' '.join(f'{n:g}' for n in kept)}"
+        )
     total, dense = model_flops(config, kept), model_flops(config)
     print(f"{'layer':<16}{'tokens':>8}{'MFLOPs':>10}{'share':>8}")
     for name, tokens, flops in layer_flops(config, kept):
         print(f"{name:<16}{tokens:>8g}{flops / 1e6:>10.1f}{100 * flops / total:>7.1f}%")
-    print(f"{'total':<24}{total / 1e6:>10.1f}   {total / 1e9:.3g} GFLOPs per image, r = {total / dense:.3f}")
+    print(
+        f"{'total':<24}{total / 1e6:>10.1f}   {total / 1e9:.3g} GFLOPs per image, r = {total / dense:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""What makes the method practical; nothing here is needed to understand it."""

@@ -1,0 +1,157 @@
+"""Thresholds by the share that they remove, and the one number that brings r to a target.
+
+A share knows no scale: importances of 1/197 and similarities of 0.99 are steered alike. Shares are
+a dict {(block, "merge" or "prune"): share}, 0 for off and 1 for all.
+"""
+
+import torch
+
+from flops import model_flops
+from ltmp import ThresholdMasker
+
+from . import runtime
+
+
+class OutOfReach(ValueError):
+    """No thresholds give the target."""
+
+
+def maskers(model):
+    """Every learned threshold: {(block, "merge" or "prune"): ThresholdMasker}."""
+    found = {}
+    for i, block in enumerate(model.blocks):
+        for step in block.steps:
+            masker = getattr(block, f"{step}_masker")
+            if isinstance(masker, ThresholdMasker):
+                found[i, step] = masker
+    return found
+
+
+def threshold_at(step, scores, share):
+    """The threshold () between the scores (n,) that removes this share of them, from 0 to 1.
+
+    The most similar tokens merge, the least important are dropped. Share 0 gives 1 for merge and 0
+    for prune, where both are off.
+    """
+    count = round(share * len(scores))
+    if count == 0:
+        return scores.new_tensor(1.0 if step == "merge" else 0.0)
+    # Sorted by who goes first. A threshold halfway between two scores does not hang on rounding.
+    scores = scores.sort(descending=step == "merge").values
+    following = scores[min(count, len(scores) - 1)]
+    if step == "merge" and count == len(scores):
+        following = scores.new_tensor(0.0)
+    return ((scores[count - 1] + following) / 2).clamp(0, 1)
+
+
+class Placing:
+    """Inside, each threshold is placed when its scores come, block after block, in the same pass."""
+
+    def __init__(self, model, shares):
+        self.model = model
+        self.shares = shares
+
+    def __enter__(self):
+        self.hooks = []
+        for key, masker in maskers(self.model).items():
+            self.hooks.append(masker.register_forward_pre_hook(self.hook(*key)))
+
+    def hook(self, block, step):
+        def place(masker, inputs):
+            scores = inputs[0][inputs[0].isfinite()]  # (n,)
+            masker.threshold.data.copy_(threshold_at(step, scores, self.shares[block, step]))
+
+        return place
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+
+
+@torch.no_grad()
+def place(model, images, shares):
+    """Place every threshold so that it removes its share of what it meets. Returns r.
+
+    images (B, 3, S, S); what a block meets is what the blocks before it leave of them.
+    """
+    with Placing(model, shares):
+        return measure(model, images)
+
+
+@torch.no_grad()
+def measure(model, images):
+    """r over images (B, 3, S, S), tokens really dropped."""
+    kept = model.eval()(images)[1].double()  # (depth, B)
+    return (model_flops(model.config, kept).mean() / model_flops(model.config)).item()
+
+
+@torch.no_grad()
+def shares_of(model, images):
+    """The share that each threshold now removes of what it meets, as a dict, and r."""
+    found = {key: 0.0 for key in maskers(model)}
+    hooks = []
+
+    def counting(key):
+        def count(masker, inputs):
+            scores = inputs[0][inputs[0].isfinite()]  # (n,)
+            above = (scores > masker.threshold).double().mean().item() if len(scores) else 0.0
+            found[key] = above if key[1] == "merge" else 1 - above
+
+        return count
+
+    for key, masker in maskers(model).items():
+        hooks.append(masker.register_forward_pre_hook(counting(key)))
+    r = measure(model, images)
+    for hook in hooks:
+        hook.remove()
+    return found, r
+
+
+def scale(model, images, target, shares, tolerance=0.002):
+    """Multiply all shares by one number so that r is the target; 0 stays 0. Returns r and shares.
+
+    Raises OutOfReach where even the largest shares leave a larger r.
+    """
+    largest = 1 / min((share for share in shares.values() if share > 0), default=1)
+
+    def scaled(factor):
+        return {key: min(1.0, factor * share) for key, share in shares.items()}
+
+    low, high = (0.0, 1.0), (largest, place(model, images, scaled(largest)))
+    if high[1] > target + tolerance:
+        raise OutOfReach(f"the target {target:g} is out of reach: the lowest r is {high[1]:.3f}")
+    factor, r = high
+    progress = runtime.Progress()
+    # False position, in the Illinois form: a side that stays loses half of its weight.
+    low_weight = high_weight = 1.0
+    for _ in range(30):
+        if abs(r - target) <= tolerance or high[0] - low[0] < 1e-6:
+            break
+        above, below = low_weight * (low[1] - target), high_weight * (target - high[1])
+        part = min(max(above / max(above + below, 1e-9), 0.05), 0.95)
+        factor = low[0] + part * (high[0] - low[0])
+        r = place(model, images, scaled(factor))
+        if r > target:
+            low, low_weight, high_weight = (factor, r), 1.0, high_weight / 2
+        else:
+            high, high_weight, low_weight = (factor, r), 1.0, low_weight / 2
+        progress.show(f"looking for r = {target:g}: {r:.3f}")
+    return r, scaled(factor)
+
+
+def start(model, images, target, steps=("merge", "prune")):
+    """Equal shares in all blocks, those that make r the target. Returns r and shares."""
+    return scale(model, images, target, {key: float(key[1] in steps) for key in maskers(model)})
+
+
+def land(model, images, target):
+    """Scale what the thresholds remove until r is the target. Returns r before and after.
+
+    A threshold that removes nothing stays off. Where none removes anything, all get equal shares.
+    """
+    shares, before = shares_of(model, images)
+    if abs(before - target) <= 0.002:
+        return before, before
+    if not any(shares.values()):
+        return before, start(model, images, target)[0]
+    return before, scale(model, images, target, shares)[0]
