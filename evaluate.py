@@ -1,9 +1,9 @@
 """Accuracy, FLOPs and kept tokens of a ViT, dense and with its tokens reduced.
 
-    python evaluate.py                                            the demo and its learned thresholds
-    python evaluate.py --data /imagenet --model deit_small_patch16_224 --thresholds out/thresholds.json
-    python evaluate.py --method tome --r 8                        the same ViT with a fixed count
-    torchrun --nproc_per_node 8 evaluate.py --data /imagenet ...  shared among eight GPUs
+    python evaluate.py                                     the demo and its learned thresholds
+    python evaluate.py --data /imagenet --thresholds out/thresholds.json            DeiT-S
+    python evaluate.py --method tome --r 8                 the demo with a fixed count
+    torchrun --nproc_per_node 8 evaluate.py --data ...     shared among eight GPUs
 
 Pictures, speed and the frontier of all methods: see experiments/.
 """

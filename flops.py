@@ -1,11 +1,11 @@
 """Analytic FLOPs of a ViT whose blocks keep fewer and fewer tokens.
 
 FLOPs are multiply-adds of the linear layers, the convolution and the two attention products, as in
-the paper (DeiT-S at 224: 4.6 G). Left out, as there: norms, softmax, GELU, biases, and what finds the
-scores: importance (H n^2 multiply-adds a block: 0.06 % of DeiT-S), similarity (D n^2 / 4: 0.16 %).
+the paper (DeiT-S at 224 pixels: 4.6 G). Norms, softmax, GELU and biases are left out, as there, and
+so is what finds the scores: the matching takes D n^2 / 4 multiply-adds a block, 0.16 % of DeiT-S.
 
     python flops.py deit_small_patch16_224                       a table per layer
-    python flops.py deit_small_patch16_224 --kept 190 180 ...    the same, with tokens kept after each block
+    python flops.py deit_small_patch16_224 --kept 190 180 ...    with tokens kept after each block
 
 A config here is anything with image_size, patch_size, dim, depth, num_classes and mlp_ratio.
 """
@@ -38,7 +38,7 @@ def layer_flops(config, kept=None):
 
 
 def model_flops(config, kept=None):
-    """Multiply-adds per image. kept: (depth,) or (depth, B), all tokens if None -> a number or (B,)."""
+    """Multiply-adds per image. kept: None (all), (depth,) or (depth, B) -> a number or (B,)."""
     return sum(flops for _, _, flops in layer_flops(config, kept))
 
 
@@ -46,8 +46,8 @@ def flops_ratio(kept, config):
     """r, the model's FLOPs as a share of the dense model's: (depth, B) -> scalar, differentiable.
 
     Counted per image, then averaged: the true mean FLOPs of the batch. The paper puts the batch's
-    mean token counts into the formula; attention is quadratic in them, so that the paper's number is
-    a little smaller whenever images keep different counts.
+    mean token counts into its formula. Attention is quadratic in them, so the paper's number is a
+    little smaller where images keep different counts.
     """
     return (model_flops(config, torch.as_tensor(kept)) / model_flops(config)).mean()
 
@@ -69,7 +69,7 @@ def main():
     given.add_argument(
         "--metrics",
         metavar="FILE",
-        help="take them from a metrics.json: means over its images, so that r is a little smaller than there",
+        help="take them from a metrics.json, as means over its images: r is a little smaller",
     )
     args = parser.parse_args()
     config, kept = VARIANTS[args.model], args.kept
@@ -82,15 +82,15 @@ def main():
     if kept is not None and not (
         len(kept) == config.depth and all(1 <= n <= config.num_tokens for n in kept)
     ):
-        parser.error(
-            f"{args.model} keeps 1 to {config.num_tokens} tokens in each of {config.depth} blocks; got {' '.join(f'{n:g}' for n in kept)}"
-        )
+        allowed = f"1 to {config.num_tokens} tokens in each of {config.depth} blocks"
+        parser.error(f"{args.model} keeps {allowed}; got {' '.join(f'{n:g}' for n in kept)}")
     total, dense = model_flops(config, kept), model_flops(config)
     print(f"{'layer':<16}{'tokens':>8}{'MFLOPs':>10}{'share':>8}")
     for name, tokens, flops in layer_flops(config, kept):
         print(f"{name:<16}{tokens:>8g}{flops / 1e6:>10.1f}{100 * flops / total:>7.1f}%")
     print(
-        f"{'total':<24}{total / 1e6:>10.1f}   {total / 1e9:.3g} GFLOPs per image, r = {total / dense:.3f}"
+        f"{'total':<24}{total / 1e6:>10.1f}   {total / 1e9:.3g} GFLOPs per image, "
+        f"r = {total / dense:.3f}"
     )
 
 

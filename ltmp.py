@@ -107,7 +107,7 @@ METHODS = {
 class ThresholdMasker(nn.Module):
     """A learned threshold: 1 where score > threshold, trained with a straight-through estimator.
 
-    The value is the hard decision. The gradient is that of soft = sigmoid((score - threshold) / tau):
+    The value is the hard decision, the gradient that of soft = sigmoid((score - threshold) / tau):
 
         d loss / d threshold = - sum over tokens of (d loss / d decision) * soft (1 - soft) / tau
 
@@ -120,7 +120,7 @@ class ThresholdMasker(nn.Module):
         self.tau = tau
 
     def forward(self, scores):
-        """scores (B, M) float32, -inf or inf where nothing is to be decided -> (B, M) of 0 and 1."""
+        """scores (B, M) float32, -inf or inf where nothing is decided -> (B, M) of 0 and 1."""
         soft = torch.sigmoid((scores - self.threshold) / self.tau)
         hard = (scores > self.threshold).float()
         # Subtract first: then the sum is exactly 0 or 1. (hard + soft) - soft can be off by 6e-8.
@@ -147,7 +147,7 @@ class FixedCountMasker(nn.Module):
         self.step = step
 
     def forward(self, scores):
-        """scores (B, M) float32, -inf or inf where nothing is to be decided -> (B, M) of 0 and 1."""
+        """scores (B, M) float32, -inf or inf where nothing is decided -> (B, M) of 0 and 1."""
         candidate = scores.isfinite()
         order = scores.sort(dim=1, descending=self.step == "merge", stable=True).indices
         rank = order.argsort(dim=1)  # (B, M), 0 for the first to go
@@ -166,9 +166,9 @@ class FixedCountMasker(nn.Module):
 class Tokens:
     """What travels from block to block.
 
-    Every linear layer runs on x as it is. `rows` says which row belongs to which image, and in which
-    order. In training rows of x never move: only `rows`, `live` and `mask` change. In inference dead
-    rows are left out of x, and `rows` is numbered anew.
+    Every linear layer runs on x as it is. `rows` says which row belongs to which image, in which
+    order. In training rows of x never move: only `rows`, `live` and `mask` change. In inference
+    dead rows are left out of x, and `rows` is numbered anew.
     """
 
     x: torch.Tensor  # (T, C) the tokens of all images
@@ -363,8 +363,8 @@ class Attention(nn.Module):
     def forward(self, x, tokens, attention):
         """x (T, C) normalized; attention: its two functions, or None for a dense block.
 
-        -> out (T, C), key (T, D) float32 averaged over heads, importance (T,) float32; a dense block
-        uses torch's fused attention and returns None for the last two.
+        -> out (T, C), key (T, D) float32 averaged over heads, importance (T,) float32. A dense
+        block uses torch's fused attention and returns None for the last two.
         """
         qkv = self.qkv(x).unflatten(1, (3, self.heads, -1))  # (T, 3, H, D)
         if attention is not None and tokens.mask is None:
@@ -525,7 +525,7 @@ class LTMPViT(nn.Module):
 
 
 def create_model(name, method="ltmp", num_classes=None, tau=0.1, r=None, attention=None, **changes):
-    """A model by its name in VARIANTS, with random weights; `changes` replace ViTConfig's fields."""
+    """A model by its name in VARIANTS, random weights; `changes` replace fields of its config."""
     if name not in VARIANTS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(VARIANTS)}")
     if num_classes is not None:
@@ -583,34 +583,27 @@ def load_thresholds(model, source):
     source: the path of a thresholds.json, or its content: "method", and "merge_thresholds" and
     "prune_thresholds" with one number per block. Raises ValueError where they do not fit.
     """
-    if isinstance(source, Mapping):
-        found = source
-    else:
+    found = source
+    if not isinstance(source, Mapping):
         try:
-            found = json.loads(Path(source).read_text())
-        except (OSError, ValueError, RecursionError) as error:
+            found = dict(json.loads(Path(source).read_text()))
+        except (OSError, ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"cannot read thresholds from {source}: {error}") from None
-    method = found.get("method") if isinstance(found, Mapping) else None
-    if method != model.method:
-        raise ValueError(
-            f"the thresholds are for the method {method}, the model's is {model.method}"
-        )
-    learned = VARIANTS.get(str(found.get("model")), model.config)
-    if (learned.depth, learned.dim) != (model.config.depth, model.config.dim):
-        raise ValueError(
-            f"the thresholds were learned for {found['model']}, "
-            f"this model has {model.config.depth} blocks and {model.config.dim} channels"
-        )
+    method, config = found.get("method"), model.config
+    if method != model.method or method in ("dense", "tome", "topk"):
+        raise ValueError(f"thresholds of the method {method} do not fit the method {model.method}")
+    learned = VARIANTS.get(str(found.get("model")), config)
+    if (learned.depth, learned.dim) != (config.depth, config.dim):
+        here = f"this model has {config.depth} blocks and {config.dim} channels"
+        raise ValueError(f"the thresholds were learned for {found['model']}, {here}")
     steps = METHODS[method]
-    if not steps or method in ("tome", "topk"):
-        raise ValueError(f"the method {method} has no thresholds")
     # All are checked before the first is set.
     for step in steps:
         values = found.get(f"{step}_thresholds")
-        if not isinstance(values, list) or len(values) != len(model.blocks):
-            raise ValueError(f"{step}_thresholds must be {len(model.blocks)} numbers; got {values}")
-        if not all(isinstance(v, (int, float)) and math.isfinite(v) for v in values):
-            raise ValueError(f"{step}_thresholds must be finite numbers; got {values}")
+        numbers = isinstance(values, list) and len(values) == config.depth
+        if not numbers or not all(isinstance(v, (int, float)) and abs(v) < 1e38 for v in values):
+            needed = f"{config.depth} numbers, one per block"
+            raise ValueError(f"{step}_thresholds must be {needed}; got {values}")
     for step in steps:
         for block, value in zip(model.blocks, found[f"{step}_thresholds"], strict=True):
             nn.init.constant_(getattr(block, f"{step}_masker").threshold, value)

@@ -178,6 +178,7 @@ def parse_args(argv=None):
         "Without --data: a demo on embedded Fashion-MNIST."
     )
     models.model_flags(parser)
+    parser.set_defaults(batch_size=None)
     positive = runtime.at_least(0, float)
     methods = [method for method in ltmp.METHODS if method not in ("tome", "topk")]
     add = parser.add_argument

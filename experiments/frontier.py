@@ -23,7 +23,7 @@ from flops import model_flops
 TRAIN = Path(__file__).parent.parent / "train.py"
 FIXED = ("tome", "topk")
 # Flags that decide what a run finds, and that train.py gets too.
-DECISIVE = ("data", "model", "weights", "num_classes", "image_size", "val_fraction", "batch_size")
+DECISIVE = ("data", "model", "weights", "num_classes", "image_size", "val_fraction")
 DECISIVE += ("limit_train", "recipe", "amp")
 
 

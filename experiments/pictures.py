@@ -144,7 +144,7 @@ def token_picture(pixels, holders, cell):
 
 
 def write(draw, x, y, text, size=13, fill=INK, width=math.inf, anchor="la"):
-    """Write text, cut where it would be wider than `width` pixels; anchor is Pillow's, of (x, y)."""
+    """Write text, cut where it would be wider than `width` pixels; anchor: Pillow's, of (x, y)."""
     font = ImageFont.load_default(size)
     while draw.textlength(text, font) > width:
         text = text.removesuffix("...")[:-1] + "..."

@@ -1,8 +1,8 @@
 """The recipe for short runs: thresholds start and end where r is the target.
 
-What is learned is each threshold's rank: the share of the scores, met at the start, that it removes.
+What is learned is each threshold's rank: the share that it removes of the scores met at the start.
 The loss is the KL from the predictions of the same ViT without merging and pruning, so labels are
-not used. A step goes where the KL falls while r stays; a second part of it leads back to the target.
+not used. A step goes where the KL falls while r stays; a second part leads back to the target.
 """
 
 import math
@@ -78,9 +78,9 @@ def learn(model, train_set, images, args, device):
 def choose(model, teacher, images, target):
     """The shares to start from: equal in all blocks; of merging alone where pruning would not pay.
 
-    A gradient sees what the next token costs, not what all up to a rank cost together. So two starts
-    at the same r are compared: merging alone, and with a little pruning. Pruning is learned where
-    that is at most a tenth further from the dense predictions, in the root of the KL.
+    A gradient sees what the next token costs, not what all up to a rank cost together. So two
+    starts at the same r are compared: merging alone, and with a little pruning. Pruning is learned
+    where that is at most a tenth further from the dense predictions, in the root of the KL.
     """
     keys = landing.maskers(model)
     few = images[:128]
@@ -119,7 +119,7 @@ def root_kl(model, teacher, images):
 
 @torch.no_grad()
 def start_scores(model, images, shares):
-    """Place the thresholds at their shares. Returns the scores that each then meets, sorted (n,)."""
+    """Place the thresholds at their shares. Returns the scores that each meets, sorted (n,)."""
     scores = {}
     hooks = []
 

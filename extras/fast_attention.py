@@ -3,9 +3,9 @@
     LTMPViT(config, attention=fast_attention)
 
 Training: the gradient is written out. Autograd would keep and walk through (B, H, N, N) several
-times more; here one such tensor is kept, of the keys that are alive. On a CPU images are taken a few
-at a time, so that they stay in the cache. Inference: on a CPU no needless copy of the logits;
-elsewhere all images at once, padded to the longest.
+times more; here one such tensor is kept, of the keys that are alive. On a CPU a few images are
+taken at a time, so that they stay in the cache. Inference: on a CPU no needless copy of the
+logits; elsewhere all images at once, padded to the longest.
 """
 
 import math
@@ -13,13 +13,12 @@ import math
 import torch
 from torch.autograd.function import once_differentiable
 
-
 # --------------------------------------------------------------------------------------------------
 # Inference
 
 
 def ragged_attention(qkv, size, counts):
-    """ltmp.ragged_attention: qkv (T, 3, H, D), size (T,), counts (B,) -> (T, H, D), (T,) float32."""
+    """ltmp.ragged_attention: qkv (T, 3, H, D), size (T,), counts (B,) -> (T, H, D), (T,)."""
     if qkv.device.type != "cpu":
         return padded_attention(qkv, size, counts)
     counts = counts.tolist()

@@ -45,7 +45,7 @@ def threshold_at(step, scores, share):
 
 
 class Placing:
-    """Inside, each threshold is placed when its scores come, block after block, in the same pass."""
+    """Inside, each threshold is placed when its scores come, block after block, in one pass."""
 
     def __init__(self, model, shares):
         self.model = model

@@ -22,7 +22,7 @@ def measure(model, dataset, args, device, dense=None):
     if dense is None:
         twin = model if model.method == "dense" else models.with_method(model, "dense").eval()
     own = runtime.own_share(dataset)
-    loader = runtime.make_loader(own, args, device, batch_size=args.batch_size or 128)
+    loader = runtime.make_loader(own, args, device, batch_size=args.batch_size)
     # Images; top-1 and top-5 hits; those of the twin; r; KL; tokens kept.
     sums = torch.zeros(7 + model.config.depth, dtype=torch.float64)
     progress = runtime.Progress()

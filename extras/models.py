@@ -95,8 +95,8 @@ def build_model(name, method, state, tau=0.1, r=None, num_classes=None, image_si
     new_head = num_classes is not None and num_classes != found
     if new_head:
         runtime.say(
-            f"note: the head for {num_classes} classes is new (the weights have {found or 'none'}): "
-            "train it with train.py --method dense"
+            f"note: the head for {num_classes} classes is new "
+            f"(the weights have {found or 'none'}): train it with train.py --method dense"
         )
     return ltmp.load_weights(model, weights.fit(state, model, new_head))
 

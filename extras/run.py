@@ -167,6 +167,7 @@ def load_checkpoint(args):
         before = saved["settings"].get(name)
         if before != value:
             raise ValueError(
-                f"{path} was made with {name} = {before}, not {value}: resume with the same settings"
+                f"{path} was made with {name} = {before}, not {value}: "
+                "resume with the same settings"
             )
     return saved

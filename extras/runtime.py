@@ -46,6 +46,7 @@ def command_line(description):
         "-b",
         "--batch-size",
         type=at_least(1),
+        default=128,
         metavar="N",
         help="images per step (default: 128; 32 to train by the adaptive recipe)",
     )
@@ -156,7 +157,7 @@ def run_main(main):
 
 
 class Interrupts:
-    """Inside, Ctrl-C and SIGTERM are only noted, so that a step can end; a second one stops at once.
+    """Inside, Ctrl-C and SIGTERM are only noted, so a step can end; a second one stops at once.
 
     In a thread that is not the main one signals are left alone.
     """
@@ -197,8 +198,8 @@ def make_folder(path):
 def write_file(path, content, append=False):
     """Write text or bytes under a temporary name, then rename: the file is whole at every moment.
 
-    append=True adds text at the end instead. Of several processes only the first writes. What cannot
-    be written ends the program with one line, and leaves what was there.
+    append=True adds text at the end instead. Of several processes only the first writes. What
+    cannot be written ends the program with one line, and leaves what was there.
     """
     if processes()[0] > 0:
         return
@@ -220,7 +221,7 @@ def write_file(path, content, append=False):
 
 
 def processes():
-    """(rank, count) of the processes that torchrun started, which meet at the first call; (0, 1)."""
+    """(rank, count) of torchrun's processes, which meet at the first call; else (0, 1)."""
     count = os.environ.get("WORLD_SIZE") or "1"
     if count == "1":
         return 0, 1
@@ -312,7 +313,7 @@ def repeatable(seed, device):
 
 
 def amp_dtype(device, amp):
-    """bfloat16 on CUDA, float16 where the GPU lacks it, None (float32) elsewhere and with --no-amp."""
+    """bfloat16 on CUDA, float16 where the GPU lacks it, None elsewhere and with --no-amp."""
     if device.type != "cuda" or amp is False:
         return None
     return torch.bfloat16 if torch.cuda.get_device_capability(device)[0] >= 8 else torch.float16

@@ -1,4 +1,4 @@
-"""extras/weights.py: every publisher's checkpoint gives the same model, or one line says why not."""
+"""extras/weights.py: every publisher's checkpoint gives the same model, or a line says why not."""
 
 import hashlib
 import io
