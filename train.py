@@ -23,7 +23,7 @@ from flops import model_flops
 
 
 def learn(model, train_set, args, device):
-    """The paper's loop: one loss for accuracy and FLOPs. Returns what could not be read."""
+    """The paper's loop: one loss for accuracy and FLOPs. Returns the Run."""
     optimizer = make_optimizer(model, args)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     dtype = runtime.amp_dtype(device, args.amp)
@@ -52,7 +52,7 @@ def learn(model, train_set, args, device):
 
             top1 = 100 * run.mean((logits.argmax(1) == labels).float())
             values = [value.item() for value in (loss, cross_entropy, r, top1)]
-            run.end_step(values, "loss {:.3g}, r {:.3f}, top-1 {:.1f} %".format(*values[::2], top1))
+            run.end_step(values, f"loss {loss:.3g}, r {r:.3f}, top-1 {top1:.1f} %")
     if run.overflows:
         runtime.say(f"{run.overflows} of {steps} steps made no update: float16 overflowed")
     return run
@@ -120,7 +120,8 @@ def main(argv=None):
     augmented = data.Augmented(train_set, transform, args.seed, args.limit_train)
     try:
         if args.recipe == "adaptive":
-            run = adaptive.learn(model, augmented, images, args, device)
+            with runtime.amp_context(device, args.amp):
+                run = adaptive.learn(model, augmented, images, args, device)
         else:
             run = learn(model, augmented, args, device)
     except landing.OutOfReach as error:
@@ -128,7 +129,8 @@ def main(argv=None):
 
     if args.method != "dense":
         if args.landing and not run.landed:
-            land(run, model, images, args)
+            with runtime.amp_context(device, args.amp):
+                land(run, model, images, args)
         thresholds = json.dumps(result(model, args, len(augmented)), indent=1)
         runtime.write_file(args.out / "thresholds.json", thresholds)
     val_set = data.subset(val_set, args.limit_val)

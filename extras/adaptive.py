@@ -49,10 +49,9 @@ def learn(model, train_set, images, args, device):
     with Run(args, {"model": model, "ranks": state}, steps, ("kl", "r", "top1")) as run:
         for images, labels in run.batches(train_set, model.config.image_size, device):
             model.train()
-            with runtime.amp_context(device, args.amp):
-                logits, kept = model(images)  # (B, classes), (depth, B)
-                with torch.no_grad():
-                    wanted = teacher(images)[0]  # (B, classes)
+            logits, kept = model(images)  # (B, classes), (depth, B)
+            with torch.no_grad():
+                wanted = teacher(images)[0]  # (B, classes)
             kl = run.mean(measuring.kl_divergence(logits.float(), wanted.float()))
             r = run.mean(model_flops(model.config, kept) / model_flops(model.config)).item()
             for threshold in thresholds:

@@ -100,7 +100,6 @@ def test_train_gets_the_flags(small, commands, tmp_path, capsys):
         "--limit-val=1",
         "--model=demo",
         "--weights=none",
-        "--batch-size=8",
         "--limit-train=9",
         "--workers=0",
         "--device=cpu",
