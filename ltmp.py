@@ -565,7 +565,7 @@ def load_weights(model, source):
         optional |= {"head.weight", "head.bias"}
     problems = [f"missing {n}" for n in own if n not in state and n not in optional]
     problems += [f"unexpected {n}" for n in state if n not in own and n not in optional]
-    for name in own.keys() & state.keys():
+    for name in [name for name in own if name in state]:
         if state[name].shape != own[name].shape:
             problems.append(f"{name} is {tuple(state[name].shape)}, not {tuple(own[name].shape)}")
         elif not state[name].isfinite().all():
