@@ -1,0 +1,109 @@
+"""README.md and docs/: their examples run, and what they name is there."""
+
+import contextlib
+import io
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import ltmp
+from ltmp import ThresholdMasker, Tokens
+
+HERE = Path(__file__).parent.parent
+README = (HERE / "README.md").read_text()
+DOCS = [README, *(path.read_text() for path in sorted((HERE / "docs").glob("*.md")))]
+# An editable install maps ltmp_extras to extras/; a plain checkout has extras/ alone.
+sys.modules.setdefault("ltmp_extras", __import__("extras"))
+
+
+def code_block(text, start):
+    """The first block of Python in text that holds start."""
+    blocks = re.findall(r"```python\n(.*?)```", text, re.S)
+    return next(block for block in blocks if start in block)
+
+
+def layer_and_tokens():
+    torch.manual_seed(0)
+    options = {"activation": "gelu", "norm_first": True, "batch_first": True}
+    layer = torch.nn.TransformerEncoderLayer(32, 2, 64, **options).eval()
+    x = torch.randn(3, 18, 32)
+    rows = torch.arange(54).view(3, 18)
+    tokens = Tokens(x.flatten(0, 1), torch.ones(54), torch.ones(54), rows, rows >= 0)
+    return layer, x, tokens
+
+
+@torch.no_grad()
+def test_the_example_of_another_vit():
+    names = {}
+    exec(code_block(README, "def reduced_layer"), names)
+    reduced = names["reduced_layer"]
+    layer, x, tokens = layer_and_tokens()
+    off = ThresholdMasker(1.0, 0.1), ThresholdMasker(0.0, 0.1)
+    for start in (tokens, replace(tokens, mask=None)):
+        same = reduced(layer, start, *off)
+        torch.testing.assert_close(same.x[same.rows[:, 0]], layer(x)[:, 0])
+    on = ThresholdMasker(0.3, 0.1), ThresholdMasker(0.05, 0.1)
+    masked = reduced(layer, tokens, *on)
+    dropped = reduced(layer, replace(tokens, mask=None), *on)
+    assert torch.equal(masked.kept(), dropped.kept()) and dropped.kept().max() < 18
+    torch.testing.assert_close(masked.x[masked.rows[masked.live]], dropped.x)
+
+
+def test_the_example_of_a_product(tmp_path, monkeypatch):
+    model = ltmp.create_model("deit_small_patch16_224", depth=12)
+    torch.save({"model": model.state_dict()}, tmp_path / "deit_small_patch16_224-cd65a155.pth")
+    (tmp_path / "out").mkdir()
+    numbers = ", ".join(["0.9"] * 12)
+    (tmp_path / "out" / "thresholds.json").write_text(
+        f'{{"method": "ltmp", "merge_thresholds": [{numbers}], "prune_thresholds": [{numbers}]}}'
+    )
+    monkeypatch.chdir(tmp_path)
+    names = {"images": torch.randn(1, 3, 224, 224)}
+    exec(code_block(README, "ltmp_extras"), names)
+    assert names["logits"].shape == (1, 1000) and names["kept"].shape == (12, 1)
+
+
+def test_the_walk_through_prints_its_numbers(monkeypatch):
+    monkeypatch.chdir(HERE)
+    method = (HERE / "docs" / "method.md").read_text()
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code_block(method, "def tell"), {})
+    assert printed.getvalue() in method
+
+
+def test_tests_that_are_named_are_there():
+    named = set(re.findall(r"`(test_\w+)`", "\n".join(DOCS)))
+    tests = "\n".join(path.read_text() for path in HERE.glob("**/test_*.py"))
+    assert len(named) > 10
+    assert [name for name in named - {"test_ltmp"} if f"def {name}(" not in tests] == []
+
+
+def test_links_lead_somewhere():
+    for path in (HERE / "README.md", *(HERE / "docs").glob("*.md")):
+        for link in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+            assert link.startswith("http") or (path.parent / link).exists(), link
+
+
+PROGRAMS = ["train.py", "evaluate.py", "flops.py"]
+PROGRAMS += [f"-m experiments.{name}" for name in ("pictures", "benchmark", "frontier")]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_flags_that_are_used_exist(program):
+    used = set()
+    for command in re.findall(rf"{re.escape(program)}( [^\n`|#]*)", "\n".join(DOCS)):
+        used |= set(re.findall(r"(?<= )--?[a-z][a-z-]*", command))
+    command = [sys.executable, *program.split(), "--help"]
+    done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
+    known = set(re.findall(r"--?[a-z][a-z-]*", done.stdout))
+    assert used <= known, used - known
+
+
+def test_the_readme_is_five_minutes():
+    assert README.count("\n") <= 200 and len(README.split()) <= 1500
