@@ -135,7 +135,8 @@ def main(argv=None):
         runtime.write_file(args.out / "thresholds.json", thresholds)
     val_set = data.subset(val_set, args.limit_val)
     metrics, bad = measuring.measure(model, val_set, args, device)
-    metrics = {"model": args.model, "method": args.method, "target": args.target} | metrics
+    goal = {} if args.method == "dense" else {"target": args.target}
+    metrics = {"model": args.model, "method": args.method} | goal | metrics
     runtime.write_file(args.out / "metrics.json", json.dumps(metrics, indent=1))
     runtime.say(measuring.report(metrics), sys.stdout)
     runtime.say_skipped(run.skipped | bad)
