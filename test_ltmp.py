@@ -6,6 +6,7 @@ import math
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,22 @@ def test_a_half_precision_model_runs_and_leaves_thresholds_as_they_are(dtype):
     assert model.to("meta").blocks[0].merge_masker.threshold.device.type == "meta"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_thresholds_and_masks_are_float32_whatever_the_default(dtype):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        model, images = random_model(4, "ltmp")
+        masker = model.blocks[0].merge_masker
+        decision = masker(torch.zeros(1, 3, dtype=torch.float32))
+        kept = model.train()(images)[1]
+        fresh = ThresholdMasker(0.9, 0.1).threshold
+    finally:
+        torch.set_default_dtype(before)
+    found = {masker.threshold.dtype, decision.dtype, kept.dtype, fresh.dtype}
+    assert found == {torch.float32} and fresh.item() == torch.tensor(0.9).item()
+
+
 @pytest.mark.parametrize("method", FIXED)
 def test_a_fixed_count_removes_r_but_never_half(method):
     model, images = random_model(1, method, image_size=14, depth=5)  # 50 tokens
@@ -205,15 +222,27 @@ def test_a_step_is_a_loop_over_tokens(live, dead, seed, equal, merge_at, prune_a
     lot = torch.rand(B, N, generator=generator)
     lot[:, 0] = -1
     is_live = lot.argsort(1).argsort(1) < torch.tensor(live)[:, None]
-    rows = torch.arange(B * N).view(B, N)
+    # The rows of an image lie in any order.
+    rows = torch.rand(B, N, generator=generator).argsort(1) + N * torch.arange(B)[:, None]
     x = torch.eye(N).expand(B, N, N)  # each token knows whence it is
+    at_rows = rows.flatten().argsort()
+    x_t, key_t, importance_t, size_t, mask_t = (
+        t.flatten(0, 1)[at_rows] for t in (x, key, importance, size, is_live.float())
+    )
     maskers = ThresholdMasker(merge_at, 0.1), ThresholdMasker(prune_at, 0.1)
     if r is not None:
         maskers = FixedCountMasker(r, "merge"), FixedCountMasker(r, "prune")
-    mask = is_live.float().flatten()
-    masked = Tokens(x.flatten(0, 1), size.flatten(), mask, rows, is_live)
-    merged, most = ltmp.merge(masked, key.flatten(0, 1), importance.flatten(), maskers[0])
+    masked = Tokens(x_t, size_t, mask_t, rows, is_live)
+    merged, most = ltmp.merge(masked, key_t, importance_t, maskers[0])
     pruned = ltmp.live_first(ltmp.prune(merged, most, maskers[1]))
+    # Inference has the same tokens in the same order, and no others.
+    dropped, score = ltmp.merge(replace(masked, mask=None), key_t, importance_t, maskers[0])
+    dropped = ltmp.drop_dead(ltmp.prune(dropped, score, maskers[1]))
+    alive = pruned.rows[pruned.live]
+    assert torch.equal(dropped.kept(), pruned.kept())
+    assert torch.equal(dropped.rows[dropped.live], torch.arange(len(alive)))
+    assert torch.equal(dropped.size, pruned.size[alive])
+    torch.testing.assert_close(dropped.x, pruned.x[alive])
     assert (merged.size * merged.mask).sum() == (size * is_live).sum()
     assert torch.equal(pruned.mask, pruned.mask.bool().float())
     for i in range(B):
@@ -262,7 +291,8 @@ def test_the_gradient_of_decisions_is_that_of_differences():
         tokens = Tokens(x, size, mask, rows, rows >= 0)
         tokens, most = ltmp.merge(tokens, key, importance, Given(merged))
         tokens = ltmp.prune(tokens, most, Given(kept))
-        return tokens.x, tokens.size, tokens.mask
+        # In one tensor: gradcheck passes over an output that lost its gradient.
+        return torch.cat([tokens.x.flatten(), tokens.size, tokens.mask])
 
     merged = torch.tensor([[0, 0.5, 1, 0.2], [0, 0.9, 0.3, 0.6]]).double().requires_grad_()
     kept = torch.rand(2, 7).double().requires_grad_()
@@ -373,7 +403,16 @@ def test_one_semantics_at_the_extremes(method, extreme):
 def test_logits_of_ten_thousand(method):
     model, images = random_model(3, method)
     spread_weights(model, 3, sharpness=150.0)
+    largest = []
+
+    def measure(attn, inputs, output):
+        q, k, _ = attn.qkv(inputs[0]).unflatten(1, (3, attn.heads, -1)).unbind(1)
+        largest.append(((q * k).sum(-1) * q.shape[-1] ** -0.5).abs().max().item())
+
+    for block in model.blocks:
+        block.attn.register_forward_hook(measure)
     assert_one_function(model, images)
+    assert max(largest) > 1e4
 
 
 @pytest.mark.parametrize("method", LEARNED)
@@ -389,23 +428,34 @@ def test_the_same_call_gives_the_same_bits_on_a_cpu(method):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
-def test_scores_are_float32_under_autocast(monkeypatch):
-    model, images = random_model(4, "ltmp")
-    seen = []
+@pytest.mark.parametrize("attention", [None, fast_attention])
+@pytest.mark.parametrize("drop", [True, False])
+def test_scores_are_float32_under_autocast(drop, attention, monkeypatch):
+    model, images = random_model(4, "ltmp", attention, heads=3, dim=24)
+    scores, masks = [], []
     forward = ThresholdMasker.forward
 
-    def spy(self, scores):
-        seen.append(scores)
-        return forward(self, scores)
+    def spy(self, found):
+        scores.append(found[found.isfinite()])
+        masks.append(forward(self, found))
+        return masks[-1]
+
+    def keep_scores(attn, inputs, output):
+        scores.extend(output[1:])
 
     monkeypatch.setattr(ThresholdMasker, "forward", spy)
+    for block in model.blocks:
+        block.attn.register_forward_hook(keep_scores)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits, kept = model.train()(images)
-    assert logits.dtype == torch.bfloat16 and kept.dtype == torch.float32
-    for scores in seen:
-        finite = scores[scores.isfinite() & (scores > 0)]
-        # Rounding to bfloat16 would change them: they are more than stored in float32.
-        assert (finite != finite.bfloat16().float()).float().mean() > 0.8
+        logits, kept = model(images, drop=drop)
+    assert logits.dtype == torch.bfloat16 and len(masks) == 2 * model.config.depth
+    thresholds = [p for name, p in model.named_parameters() if name.endswith("threshold")]
+    assert {t.dtype for t in [kept, *scores, *masks, *thresholds]} == {torch.float32}
+    for found in scores:
+        # Rounding to bfloat16 would change most: they are more than stored in float32.
+        changed = found != found.bfloat16().float()
+        assert not found.numel() or changed.float().mean() > 0.5
+    assert sum(len(found) for found in scores) > 100
 
 
 # --------------------------------------------------------------------------------------------------
@@ -531,6 +581,8 @@ def test_weights_load_from_a_file_and_a_dict(tmp_path):
     [
         ({"method": "ltm"}, "of the method ltm do not fit the method ltmp"),
         ({"merge_thresholds": [0.9]}, "merge_thresholds must be 12 numbers"),
+        ({"merge_thresholds": [math.nan] * 12}, "merge_thresholds must be 12 numbers"),
+        ({"prune_thresholds": [math.inf] * 12}, "prune_thresholds must be 12 numbers"),
         ({"prune_thresholds": [None] * 12}, "prune_thresholds must be 12 numbers"),
         ({"model": "deit_tiny_patch16_224"}, "were learned for deit_tiny_patch16_224"),
     ],
