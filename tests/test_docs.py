@@ -1,8 +1,10 @@
 """README.md and docs/: their examples run, and what they name is there."""
 
 import contextlib
+import csv
 import io
 import re
+import statistics
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +19,7 @@ from ltmp import ThresholdMasker, Tokens
 HERE = Path(__file__).parent.parent
 README = (HERE / "README.md").read_text()
 DOCS = [README, *(path.read_text() for path in sorted((HERE / "docs").glob("*.md")))]
+MEASURED = ("top1", "kl", "r")
 # An editable install maps ltmp_extras to extras/; a plain checkout has extras/ alone.
 sys.modules.setdefault("ltmp_extras", __import__("extras"))
 
@@ -44,13 +47,17 @@ def test_the_example_of_another_vit():
     reduced = names["reduced_layer"]
     layer, x, tokens = layer_and_tokens()
     off = ThresholdMasker(1.0, 0.1), ThresholdMasker(0.0, 0.1)
+    # Where nothing merges, the order is: set A, set B.
+    order = [*range(0, 18, 2), *range(1, 18, 2)]
     for start in (tokens, replace(tokens, mask=None)):
         same = reduced(layer, start, *off)
-        torch.testing.assert_close(same.x[same.rows[:, 0]], layer(x)[:, 0])
+        torch.testing.assert_close(same.x[same.rows], layer(x)[:, order])
     on = ThresholdMasker(0.3, 0.1), ThresholdMasker(0.05, 0.1)
     masked = reduced(layer, tokens, *on)
     dropped = reduced(layer, replace(tokens, mask=None), *on)
-    assert torch.equal(masked.kept(), dropped.kept()) and dropped.kept().max() < 18
+    only_merged = reduced(layer, tokens, on[0], off[1])
+    assert torch.equal(masked.kept(), dropped.kept())
+    assert (dropped.kept() < only_merged.kept()).any() and only_merged.kept().max() < 18
     torch.testing.assert_close(masked.x[masked.rows[masked.live]], dropped.x)
 
 
@@ -74,7 +81,44 @@ def test_the_walk_through_prints_its_numbers(monkeypatch):
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code_block(method, "def tell"), {})
-    assert printed.getvalue() in method
+    shown = method.split(code_block(method, "def tell"))[1]
+    assert shown.startswith(f"```\n\n```\n{printed.getvalue()}```\n")
+    # The explanation below counts with the same numbers.
+    lines = [line.split() for line in printed.getvalue().splitlines()]
+    (merge_scores, _, _, _, _, merged, *_), (prune_scores, _, _, _, _, stay, *_) = lines[:2]
+    before, after = lines[2][0], lines[2][5]
+    left = int(before) - int(merged)
+    said = " ".join(shown.split())
+    assert int(prune_scores) == left - 1 and int(after) == int(stay) + 1
+    for words in (
+        f"{before} tokens come in",
+        f"there are {merge_scores} similarities. {merged} tokens merge",
+        f"{before} - {merged} = {left} stay",
+        f"there are {prune_scores} importances. {stay} of these tokens stay",
+        f"{after} tokens go on to the MLP",
+    ):
+        assert words in said, words
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/results.md"])
+def test_the_tables_of_the_frontier_are_those_of_the_csv(name):
+    with open(HERE / "demo" / "frontier.csv") as file:
+        runs = list(csv.DictReader(file))
+
+    def cell(method, target):
+        own = [run for run in runs if (run["method"], run["target"]) == (method, target)]
+        top1, kl, r = (statistics.mean(float(run[key]) for run in own) for key in MEASURED)
+        return f"{top1:.2f}, {kl:.2g} at {r:.3f}"
+
+    lines = (HERE / name).read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("| target |"))
+    head, _, *rows = [line.strip("| ").split(" | ") for line in lines[start : start + 9]]
+    rows = rows[: next((i for i, row in enumerate(rows) if row == [""]), len(rows))]
+    assert len(rows) >= 4
+    for first, *cells in rows:
+        # One table has a row for each method, the other a row for each target.
+        pairs = [(first, h) if first.isalpha() else (h, first) for h in head[1:]]
+        assert cells == [cell(*pair) for pair in pairs], first
 
 
 def test_tests_that_are_named_are_there():
@@ -94,6 +138,11 @@ PROGRAMS = ["train.py", "evaluate.py", "flops.py"]
 PROGRAMS += [f"-m experiments.{name}" for name in ("pictures", "benchmark", "frontier")]
 
 
+def test_every_program_that_is_run_is_looked_at():
+    run = re.findall(r"(?:python |\d )(\w+\.py|-m experiments\.\w+)", "\n".join(DOCS))
+    assert len(run) > 10 and set(run) <= set(PROGRAMS)
+
+
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_flags_that_are_used_exist(program):
     used = set()
@@ -101,7 +150,7 @@ def test_flags_that_are_used_exist(program):
         used |= set(re.findall(r"(?<= )--?[a-z][a-z-]*", command))
     command = [sys.executable, *program.split(), "--help"]
     done = subprocess.run(command, cwd=HERE, capture_output=True, text=True, check=True)
-    known = set(re.findall(r"--?[a-z][a-z-]*", done.stdout))
+    known = set(re.findall(r"(?<![\w-])--?[a-z][a-z-]*", done.stdout))
     assert used <= known, used - known
 
 
