@@ -7,8 +7,8 @@ scalars decide: one which tokens merge into a similar token, one which tokens ar
 Read from top to bottom: configurations, the threshold, the tokens, merge, prune, attention, the
 block, the model, loading. Only torch is needed, so this file can be copied alone.
 
-Shapes: B images, N tokens an image (the class token first), T tokens of all images together,
-C channels, H heads, D = C / H channels a head.
+Shapes: B images, N places an image (the class token first; in inference as many as the image with
+most tokens needs), T tokens of all images together, C channels, H heads, D = C / H channels a head.
 
 One function has two executions. In training a token that merged or was dropped stays in the
 tensors, with a mask of 0, because a threshold learns from the tokens that it removed. In inference
@@ -111,6 +111,8 @@ class ThresholdMasker(nn.Module):
 
         d loss / d threshold = - sum over tokens of (d loss / d decision) * soft (1 - soft) / tau
 
+    A decision reaches the loss through the mask, which later attention and `kept` see, and through
+    the mean that merging makes. In merge 1 means: it merges. In prune 1 means: it stays.
     The threshold stays float32 whatever the model becomes: near 1 a bfloat16 has steps of 0.004.
     """
 
@@ -126,6 +128,7 @@ class ThresholdMasker(nn.Module):
         # Subtract first: then the sum is exactly 0 or 1. (hard + soft) - soft can be off by 6e-8.
         return soft + (hard - soft).detach()
 
+    # .to(), .half() and .cuda() call this: move the threshold, but do not round it.
     def _apply(self, fn, recurse=True):
         def without_rounding(tensor):
             moved = fn(tensor)
@@ -152,7 +155,7 @@ class FixedCountMasker(nn.Module):
         order = scores.sort(dim=1, descending=self.step == "merge", stable=True).indices
         rank = order.argsort(dim=1)  # (B, M), 0 for the first to go
         if self.step == "merge":
-            # Set A without the class token has (n - 1) // 2 tokens.
+            # No limit is needed: set A without the class token has (n - 1) // 2 tokens.
             return (candidate & (rank < self.r)).float()
         most = candidate.sum(1, keepdim=True) // 2
         return (rank >= most.clamp(max=self.r)).float()
@@ -173,10 +176,10 @@ class Tokens:
 
     x: torch.Tensor  # (T, C) the tokens of all images
     size: torch.Tensor  # (T,) how many patches a token stands for
-    mask: torch.Tensor | None  # (T,) training alone: exactly 0 or 1, differentiable
+    mask: torch.Tensor | None  # (T,) in training, else None: exactly 0 or 1, differentiable
     rows: torch.Tensor  # (B, N) which row of x holds each image's tokens, the class token first
     live: torch.Tensor  # (B, N) whether there is a live token at this place
-    merges: tuple | None = None  # what merge did last: rows_a, partner, merged; for pictures
+    merges: tuple | None = None  # of the last merge: rows_a, partner, merged; for pictures
 
     def kept(self):
         """Live tokens of each image (B,), the class token included; differentiable in training."""
@@ -238,9 +241,9 @@ def merge(tokens, key, importance, masker):
 
     Live tokens at places 0, 2, 4 ... are set A, those at 1, 3, 5 ... are set B (ToMe, arXiv
     2210.09461). An A token whose similarity to its partner is above the threshold merges into it.
-    The class token, at place 0, never merges. Several A tokens may merge into one B token. That
-    becomes the mean of all, weighted by size; sizes add up; its importance is the largest. The new
-    order is A, then B.
+    The class token, at place 0, never merges. Several A tokens may merge into one B token. The B
+    token becomes the mean of all of them, weighted by size. Sizes add up, and its importance
+    becomes the largest of theirs. The new order is A, then B.
 
     key (T, D) averaged over heads, importance (T,) -> tokens, importance (T,).
     """
@@ -248,7 +251,7 @@ def merge(tokens, key, importance, masker):
     rows_a, rows_b = tokens.rows[:, 0::2], tokens.rows[:, 1::2]  # (B, Na), (B, Nb)
     live_a, live_b = tokens.live[:, 0::2], tokens.live[:, 1::2]
     if rows_b.shape[1] == 0:
-        return tokens, importance
+        return replace(tokens, merges=None), importance
 
     # Which A tokens merge, and into which B tokens?
     key = F.normalize(key, dim=-1)
@@ -259,11 +262,11 @@ def merge(tokens, key, importance, masker):
     decision = masker(similarity.masked_fill(cannot_merge, -math.inf))  # (B, Na) of 0 and 1
     merged = decision > 0  # (B, Na)
 
-    # In training every pair has a gradient. In inference only pairs that merge matter.
+    # In training a pair that does not merge still gives the threshold a gradient, so all stay.
     pairs = merged.flatten().nonzero()[:, 0] if tokens.mask is None else slice(None)
     a, b, decided = (t.flatten()[pairs] for t in (rows_a, partner, decision))  # (P,) each
 
-    # The weighted mean of all that merge into b is x_b + sum over a of weight_a (x_a - x_b).
+    # The mean of all that merge into b, weighted by size: x_b + sum over a of weight_a (x_a - x_b).
     added = decided * tokens.size[a]  # (P,)
     size = tokens.size.index_add(0, b, added)  # (T,)
     weight = added / size[b]  # (P,)
@@ -287,7 +290,7 @@ def prune(tokens, importance, masker):
 
     importance (T,) -> tokens.
     """
-    # A token that died before has a factor of 1: its mask goes on collecting gradient.
+    # A token that is dead has a factor of 1: 0 would cut the gradient of the decision it died by.
     scores = take(importance, tokens.rows).masked_fill(~tokens.live, math.inf)  # (B, N)
     scores[:, 0] = math.inf
     kept = masker(scores)  # (B, N) of 0 and 1
@@ -327,16 +330,17 @@ def masked_attention(q, k, v, size, mask):
         attn_ij = m_j exp(logit_ij) / sum over n of m_n exp(logit_in)
         importance_j = mean over heads and over live queries i of attn_ij
 
-    Only live queries count, because inference has no others. The mask is a factor, and not a logit
-    of -inf, so that a dead token has a gradient too: what its return would change. A dead token far
-    above all live ones would drown every other gradient, so its part is cut at that of all live
-    tokens together.
+    Only live queries count, because inference has no others. The mask is a factor: at 0 it still
+    has a gradient, what the token's return would change, which a logit of -inf would not have. In
+    that gradient a dead token weighs at most as much as all live ones together. Without this bound
+    a dead token far above them would drown all other gradients.
 
     q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N) float32.
     """
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)  # (B, H, N, N)
     logits = logits.float() + size.log()[:, None, None]
     live_logits = logits.detach().masked_fill(mask[:, None, None] == 0, -math.inf)
+    # A shift of all logits cancels in attn, so log_sum needs no gradient.
     log_sum = live_logits.logsumexp(-1, keepdim=True)  # (B, H, N, 1)
     weight = (logits - log_sum).clamp(max=0).exp() * mask[:, None, None]
     attn = weight / weight.sum(-1, keepdim=True)  # (B, H, N, N)
@@ -352,7 +356,7 @@ PLAIN_ATTENTION = SimpleNamespace(
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention that also returns what merging and pruning decide by."""
+    """Multi-head self-attention that also returns keys, for merging, and importance."""
 
     def __init__(self, dim, heads):
         super().__init__()
@@ -473,11 +477,11 @@ class LTMPViT(nn.Module):
         if (method in ("tome", "topk")) != (r is not None):
             raise ValueError(f"r, tokens removed per block, is for tome and topk: {method}, r={r}")
         counts = list(r) if isinstance(r, (list, tuple)) else [r] * config.depth
-        is_count = [count is None or (isinstance(count, int) and count >= 0) for count in counts]
+        is_count = [r is None or (isinstance(count, int) and count >= 0) for count in counts]
         if len(counts) != config.depth or not all(is_count):
-            raise ValueError(f"r must be one count >= 0, or {config.depth}, one per block; got {r}")
+            raise ValueError(f"r must be a count >= 0 or a list of {config.depth} counts; got {r}")
         attention = attention or PLAIN_ATTENTION
-        # A namespace in place of the module: copy.deepcopy and pickle refuse modules.
+        # The functions, not a Python module: copy.deepcopy and pickle refuse Python modules.
         self.attention = SimpleNamespace(
             masked_attention=attention.masked_attention,
             ragged_attention=attention.ragged_attention,
@@ -497,7 +501,8 @@ class LTMPViT(nn.Module):
 
         kept: live tokens after each block, the class token included; differentiable in training.
         drop: whether dead tokens are left out (the default in eval mode) or stay, masked (the
-        default in training mode: thresholds need their gradient). The logits agree to rounding.
+        default in training mode: thresholds need their gradient). The logits agree to rounding,
+        unless rounding moves a score across a threshold.
         """
         tokens = self.embed(images, not self.training if drop is None else drop)
         kept = []
@@ -541,9 +546,10 @@ def load_weights(model, source):
     """Load a state dict in the names of DeiT and timm. Returns the model.
 
     source: the dict, or a file that torch wrote, also with the state dict as its entry "model". All
-    weights must be there, with their shape, and finite. Thresholds of a step may be missing, all of
-    them. Thresholds and a head that the model has no use for are left out. Raises ValueError and
-    names what does not fit; the model is then as before. extras/weights.py reads other formats.
+    weights must be there, with their shape, and finite. A step's thresholds may be missing, but
+    then in all blocks. Thresholds and a head that the model has no use for are left out. Raises
+    ValueError and names what does not fit; the model is then as before. extras/weights.py reads
+    other formats.
     """
     where = "the state dict" if isinstance(source, Mapping) else source
     if not isinstance(source, Mapping):
@@ -554,7 +560,8 @@ def load_weights(model, source):
         except Exception:  # whatever a damaged file provokes
             raise ValueError(f"{where} is no state dict that torch wrote") from None
     state = source.get("model", source) if isinstance(source, Mapping) else {}
-    if not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    is_state = isinstance(state, Mapping) and state
+    if not is_state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise ValueError(f"{where} is no state dict: names of weights and their tensors")
 
     own = model.state_dict()
@@ -581,7 +588,8 @@ def load_thresholds(model, source):
     """Set the thresholds that training found. Returns the model.
 
     source: the path of a thresholds.json, or its content: "method", and "merge_thresholds" and
-    "prune_thresholds" with one number per block. Raises ValueError where they do not fit.
+    "prune_thresholds" with one number per block; where it has "model", one of VARIANTS, its depth
+    and width must be this model's. Raises ValueError where they do not fit.
     """
     found = source
     if not isinstance(source, Mapping):

@@ -525,6 +525,7 @@ def test_state_dict_names_are_deits_and_the_authors():
         {"method": "tome"},
         {"method": "ltmp", "r": 3},
         {"method": "topk", "r": [1, 2]},
+        {"method": "tome", "r": [None] * 12},
         {"name": "deit"},
         {"dim": 63},
     ],
@@ -570,6 +571,8 @@ def test_weights_load_from_a_file_and_a_dict(tmp_path):
         model = load_weights(create_model("demo"), given_source)
         assert all(torch.equal(w, model.state_dict()[n]) for n, w in source.state_dict().items())
     (tmp_path / "text").write_text("hello")
+    with pytest.raises(ValueError, match="is no state dict"):
+        load_weights(create_model("demo"), {"model": torch.ones(1)})
     torch.save({"model": random.Random()}, tmp_path / "code")
     for name in ("text", "code", "absent"):
         with pytest.raises(ValueError, match=f"^[^\n]*{name}[^\n]*$"):
