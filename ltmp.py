@@ -213,9 +213,8 @@ def drop_dead(tokens):
     x, size = tokens.x.index_select(0, alive), tokens.size.index_select(0, alive)
     count = tokens.live.sum(1, keepdim=True)  # (B, 1)
     live = torch.arange(count.max(), device=count.device) < count  # (B, N')
+    # A place without a token repeats the row of the image's last token.
     rows = (live.flatten().cumsum(0) - 1).view_as(live)
-    # A place without a token points at the class token.
-    rows = torch.where(live, rows, rows[:, :1])
     return Tokens(x, size, None, rows, live, tokens.merges)
 
 

@@ -231,7 +231,7 @@ def parse_args(argv=None):
         "--no-landing",
         dest="landing",
         action="store_false",
-        help="paper: leave the thresholds as learned (default: shift them until r is the target)",
+        help="leave thresholds as learned (default: scale what they remove until r is the target)",
     )
     add(
         "--lr-backbone",

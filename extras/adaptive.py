@@ -35,11 +35,11 @@ def learn(model, train_set, images, args, device):
     learned = torch.tensor([shares[key] > 0 for key in maskers], device=device)
     ranks = torch.tensor(list(shares.values()), device=device)
     for key, masker in maskers.items():
-        low, high = scores[key][len(scores[key]) // 4], scores[key][len(scores[key]) * 3 // 4]
-        masker.tau = 0.5 * max(abs(high - low).item(), 1e-6)
+        masker.tau = 0.5 * interquartile_range(scores[key])
     model.requires_grad_(False)
     thresholds = [masker.threshold.requires_grad_() for masker in maskers.values()]
-    r_by_threshold = runtime.agreed(r_gradient(model, images[:64], thresholds))
+    # By way of the CPU: another process has another GPU.
+    r_by_threshold = runtime.agreed(r_gradient(model, images[:64], thresholds).cpu()).to(device)
 
     state = nn.Module()
     for name, value in (("ranks", ranks), ("average", torch.zeros_like(ranks))):
@@ -119,7 +119,8 @@ def root_kl(model, teacher, images):
 @torch.no_grad()
 def start_scores(model, images, shares):
     """Place the thresholds at their shares. Returns the scores that each meets, sorted (n,)."""
-    scores = {}
+    # A threshold that only the class token reaches meets no scores.
+    scores = {key: images.new_empty(0) for key in landing.maskers(model)}
     hooks = []
 
     def recording(key):
@@ -134,6 +135,12 @@ def start_scores(model, images, shares):
     for hook in hooks:
         hook.remove()
     return scores
+
+
+def interquartile_range(scores):
+    """Of sorted scores (n,), above 0 also where there are none, or all are equal."""
+    n = len(scores)
+    return max((scores[n * 3 // 4] - scores[n // 4]).item(), 1e-6) if n else 1e-6
 
 
 def set_ranks(maskers, scores, ranks):

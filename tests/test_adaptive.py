@@ -52,6 +52,17 @@ def test_steer_moves_only_what_is_learned():
     assert torch.equal(direction != 0, learned)
 
 
+def test_thresholds_that_only_the_class_token_reaches_can_start(spread_model):
+    model = spread_model(0, "ltpm", depth=3)
+    size, maskers = model.config.image_size, landing.maskers(model)
+    images = torch.randn(4, 3, size, size)
+    scores = adaptive.start_scores(model, images, {key: 1.0 for key in maskers})
+    assert scores.keys() == maskers.keys() and not len(scores[2, "prune"])
+    assert all(adaptive.interquartile_range(found) > 0 for found in scores.values())
+    adaptive.set_ranks(maskers, scores, torch.full((6,), 0.5))
+    assert model.blocks[2].prune_masker.threshold == 0
+
+
 def test_ranks_are_shares_of_the_scores_met(spread_model):
     model = spread_model(0, "ltmp")
     images = torch.randn(8, 3, 14, 14, generator=torch.Generator().manual_seed(0))
