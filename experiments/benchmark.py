@@ -20,7 +20,6 @@ import json
 import re
 import statistics
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -35,17 +34,6 @@ from flops import flops_ratio
 # Images of a training step, and images that --share places thresholds on.
 TRAINING, PLACING = 16, 32
 DIGITS = {"ms": 1, "speed-up": 2, "r": 3, "efficiency": 2, "MB": 0}
-
-
-def seconds(run, device):
-    """How long run() takes, the work of a GPU included."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
 
 
 def peak_memory(run, device):
@@ -80,7 +68,7 @@ def compare(what, images, runs, r, repeats):
     times = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
-            times[name].append(seconds(run, images.device))
+            times[name].append(runtime.timed(run, images.device)[1])
     medians = {name: statistics.median(values) for name, values in times.items()}
     rows = []
     for name, median in medians.items():

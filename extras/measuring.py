@@ -1,5 +1,7 @@
 """How good a model is: accuracy, r, kept tokens, and how far it is from its dense twin."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 
@@ -16,24 +18,31 @@ def measure(model, dataset, args, device, dense=None):
     torchrun each process takes its share. Returns a dict: top1, top5, dense_top1, dense_top5 in
     percent; flops_ratio, r per image, averaged; gflops and dense_gflops, multiply-adds per image /
     1e9; kl, how far predictions are from the dense ones, in nats; kept, mean tokens after each
-    block; images; bad, what is wrong with images left out.
+    block; images; bad, what is wrong with images left out. Says how fast both are.
     """
     model.eval()
+    both = dense is None and model.method != "dense"
     if dense is None:
-        twin = model if model.method == "dense" else models.with_method(model, "dense").eval()
+        twin = models.with_method(model, "dense").eval() if both else model
+
+        def dense(_, images):
+            return twin(images)[0]
+
     own = runtime.own_share(dataset)
     loader = runtime.make_loader(own, args, device, batch_size=args.batch_size)
-    # Images; top-1 and top-5 hits; those of the twin; r; KL; tokens kept.
-    sums = torch.zeros(7 + model.config.depth, dtype=torch.float64)
+    # Images; top-1 and top-5 hits; those of the twin; seconds of both; r; KL; tokens kept.
+    sums = torch.zeros(9 + model.config.depth, dtype=torch.float64)
     progress = runtime.Progress()
     for number, (images, labels) in enumerate(loader):
         if not len(images):
             continue
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with runtime.amp_context(device, args.amp):
-            logits, kept = model(images)  # (B, classes), (depth, B)
-            wanted = twin(images)[0] if dense is None else dense(number, images)  # (B, classes)
-        counts = [len(images), *hits(logits, labels), *hits(wanted, labels)]
+            # logits and wanted (B, classes), kept (depth, B)
+            (logits, kept), seconds = runtime.timed(partial(model, images), device)
+            wanted, dense_seconds = runtime.timed(partial(dense, number, images), device)
+        times = [seconds, dense_seconds]
+        counts = [len(images), *hits(logits, labels), *hits(wanted, labels), *times]
         # float32 would be too coarse for a KL of 4e-07.
         kept, logits, wanted = kept.cpu().double(), logits.cpu().double(), wanted.cpu().double()
         means = torch.stack([flops_ratio(kept, model.config), kl_divergence(logits, wanted).mean()])
@@ -42,9 +51,13 @@ def measure(model, dataset, args, device, dense=None):
         text = f"{model.method}: {int(sums[0])} images, top-1 {100 * sums[1] / sums[0]:.2f} %"
         progress.show(text, number + 1, len(loader))
     sums = runtime.total(sums)
-    images, top1, top5, dense_top1, dense_top5, ratio, kl = sums[:7].tolist()
+    images, top1, top5, dense_top1, dense_top5 = sums[:5].tolist()
+    seconds, dense_seconds, ratio, kl = sums[5:9].tolist()
     if not images:
         runtime.stop("none of the images could be read")
+    if both:
+        speeds = f"{images / dense_seconds:.3g} dense, {images / seconds:.3g} {model.method}"
+        runtime.say(f"images per second and process, their loading not counted: {speeds}")
     gflops = model_flops(model.config) / 1e9
     return {
         "top1": 100 * top1 / images,
@@ -55,7 +68,7 @@ def measure(model, dataset, args, device, dense=None):
         "gflops": ratio / images * gflops,
         "dense_gflops": gflops,
         "kl": kl / images,
-        "kept": (sums[7:] / images).tolist(),
+        "kept": (sums[9:] / images).tolist(),
         "images": int(images),
     }, runtime.gathered(loader.bad.values())
 

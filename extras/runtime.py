@@ -304,6 +304,17 @@ def find_device(name):
         raise ValueError(f"no device {name}: {str(error).splitlines()[0]}") from None
 
 
+def timed(run, device):
+    """run() -> its result, and the seconds that it took, the work of a GPU included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    result = run()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return result, time.perf_counter() - start
+
+
 def repeatable(seed, device):
     """The same seed gives the same results: on CUDA, sums in a fixed order."""
     torch.manual_seed(seed)

@@ -162,6 +162,16 @@ def test_evaluation_of_other_methods_equals_a_direct_computation(tmp_path, metho
         assert metrics[key] == pytest.approx(100 * hits / 20)
 
 
+def test_evaluation_says_how_fast_both_are(monkeypatch, capsys):
+    def timed(run, device):
+        result = run()
+        return result, 0.25 if isinstance(result, tuple) else 0.5
+
+    monkeypatch.setattr(runtime, "timed", timed)
+    evaluate.main(["--limit-val", "8", "-b", "4"])
+    assert "not counted: 8 dense, 16 ltmp" in capsys.readouterr().err
+
+
 def test_landing_meets_the_target_and_can_be_left_out(tiny, tmp_path):
     flags = [*TINY_RUN, "--limit-train", "64", "-b", "16", "--limit-val", "64", "--lr", "0", "0"]
     found = {}
