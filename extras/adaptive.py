@@ -84,16 +84,17 @@ def choose(model, teacher, images, target):
     keys = landing.maskers(model)
     few = images[:128]
     if len({step for _, step in keys}) == 1:
-        return landing.scale(model, few, target, {key: 1.0 for key in keys}, 0.005)[1]
-    little = {key: 1.0 if key[1] == "merge" else LITTLE for key in keys}
-    alone = {key: float(key[1] == "merge") for key in keys}
+        return landing.scale(model, few, target, dict.fromkeys(keys, landing.SHARE), 0.005)[1]
+    little = {key: landing.SHARE * (1 if key[1] == "merge" else LITTLE) for key in keys}
+    alone = {key: landing.SHARE * (key[1] == "merge") for key in keys}
     try:
         r, alone = landing.scale(model, few, target, alone, 0.005)
     except landing.OutOfReach:
         return landing.scale(model, few, target, little, 0.005)[1]
-    distance_alone = root_kl(model, teacher, images)
+    wanted = predict(teacher, images)
+    distance_alone = root_kl(model, images, wanted)
     both = landing.scale(model, few, r, little, 0.002)[1]
-    distance_both = root_kl(model, teacher, images)
+    distance_both = root_kl(model, images, wanted)
     pays = distance_both < 1.1 * distance_alone
     runtime.say(
         f"start: root of the KL {distance_alone:.3g} by merging alone, {distance_both:.3g} with a "
@@ -103,17 +104,18 @@ def choose(model, teacher, images, target):
 
 
 @torch.no_grad()
-def root_kl(model, teacher, images):
-    """The root of the KL between model and teacher, averaged over images (n, 3, S, S).
-
-    The mean of the KL itself hangs on a few images. In float32: half precision differs by more.
-    """
-    found = []
+def predict(model, images):
+    """Logits (n, classes) of images (n, 3, S, S), in inference and in float32."""
     with torch.autocast(images.device.type, enabled=False):
-        for batch in images.split(64):
-            logits, wanted = model.eval()(batch)[0].double(), teacher(batch)[0].double()
-            found.append(measuring.kl_divergence(logits, wanted).clamp(min=0).sqrt())
-    return torch.cat(found).mean().item()
+        return torch.cat([model.eval()(batch)[0].double() for batch in images.split(64)])
+
+
+def root_kl(model, images, wanted):
+    """The root of the KL from wanted logits (n, classes), averaged over images (n, 3, S, S).
+
+    The mean of the KL itself hangs on a few images.
+    """
+    return measuring.kl_divergence(predict(model, images), wanted).clamp(min=0).sqrt().mean().item()
 
 
 @torch.no_grad()

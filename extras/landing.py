@@ -4,12 +4,17 @@ A share knows no scale: importances of 1/197 and similarities of 0.99 are steere
 a dict {(block, "merge" or "prune"): share}, 0 for off and 1 for all.
 """
 
+import math
+
 import torch
 
 from flops import model_flops
 from ltmp import ThresholdMasker
 
 from . import runtime
+
+# Of each threshold, where a search for equal shares begins.
+SHARE = 0.1
 
 
 class OutOfReach(ValueError):
@@ -107,41 +112,50 @@ def shares_of(model, images):
     return found, r
 
 
-def scale(model, images, target, shares, tolerance=0.002):
+def scale(model, images, target, shares, tolerance=0.002, now=None):
     """Multiply all shares by one number so that r is the target; 0 stays 0. Returns r and shares.
 
-    Raises OutOfReach where even the largest shares leave a larger r.
+    now: r at these shares, where it is known. Raises OutOfReach where even the largest shares leave
+    a larger r.
     """
     largest = 1 / min((share for share in shares.values() if share > 0), default=1)
 
     def scaled(factor):
         return {key: min(1.0, factor * share) for key, share in shares.items()}
 
-    low, high = (0.0, 1.0), (largest, place(model, images, scaled(largest)))
-    if high[1] > target + tolerance:
-        raise OutOfReach(f"the target {target:g} is out of reach: the lowest r is {high[1]:.3f}")
-    factor, r = high
+    low, factor = (0.0, 1.0), 1.0
+    r = place(model, images, shares) if now is None else now
+    # log r falls nearly straight. A little further than that, until r is beyond the target.
+    while r > target + tolerance and factor < largest:
+        low = (factor, r)
+        factor = min(largest, 1.1 * factor * math.log(target) / min(math.log(r), -1e-3))
+        r = place(model, images, scaled(factor))
+    if r > target + tolerance:
+        raise OutOfReach(f"the target {target:g} is out of reach: the lowest r is {r:.3f}")
+    high = (factor, r)
     progress = runtime.Progress()
-    # False position, in the Illinois form: a side that stays loses half of its weight.
-    low_weight = high_weight = 1.0
+    # False position, in the Illinois form: the weight of a side that stays twice is halved.
+    weights, moved = [1.0, 1.0], None
     for _ in range(30):
         if abs(r - target) <= tolerance or high[0] - low[0] < 1e-6:
             break
-        above, below = low_weight * (low[1] - target), high_weight * (target - high[1])
+        above = weights[0] * math.log(low[1] / target)
+        below = weights[1] * math.log(target / high[1])
         part = min(max(above / max(above + below, 1e-9), 0.05), 0.95)
         factor = low[0] + part * (high[0] - low[0])
         r = place(model, images, scaled(factor))
-        if r > target:
-            low, low_weight, high_weight = (factor, r), 1.0, high_weight / 2
-        else:
-            high, high_weight, low_weight = (factor, r), 1.0, low_weight / 2
+        side = 0 if r > target else 1
+        weights[side] = 1.0
+        weights[1 - side] = weights[1 - side] / 2 if side == moved else 1.0
+        moved = side
+        low, high = ((factor, r), high) if side == 0 else (low, (factor, r))
         progress.show(f"looking for r = {target:g}: {r:.3f}")
     return r, scaled(factor)
 
 
 def start(model, images, target, steps=("merge", "prune")):
     """Equal shares in all blocks, those that make r the target. Returns r and shares."""
-    return scale(model, images, target, {key: float(key[1] in steps) for key in maskers(model)})
+    return scale(model, images, target, {key: SHARE * (key[1] in steps) for key in maskers(model)})
 
 
 def land(model, images, target):
@@ -154,4 +168,4 @@ def land(model, images, target):
         return before, before
     if not any(shares.values()):
         return before, start(model, images, target)[0]
-    return before, scale(model, images, target, shares)[0]
+    return before, scale(model, images, target, shares, now=before)[0]

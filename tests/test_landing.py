@@ -93,6 +93,20 @@ def test_landing_is_exact_and_leaves_what_is_off_exactly_off(spread_model, image
     assert removed == sorted(removed, reverse=True)
 
 
+@pytest.mark.parametrize("target", [0.55, 0.6, 0.7, 0.75])
+def test_landing_from_nearby_looks_few_times(spread_model, images, monkeypatch, target):
+    model = spread_model(2, "ltmp")
+    landing.start(model, images, 0.65)
+    # One threshold that removes next to nothing must not mislead the search.
+    shares = landing.shares_of(model, images)[0]
+    landing.place(model, images, shares | {(0, "merge"): 0.01})
+    calls = []
+    place = landing.place
+    monkeypatch.setattr(landing, "place", lambda *found: calls.append(found) or place(*found))
+    assert landing.land(model, images, target)[1] == pytest.approx(target, abs=0.003)
+    assert len(calls) <= 5
+
+
 def test_what_is_at_the_target_stays_as_it_is(spread_model, images):
     model = spread_model(2, "ltmp")
     r, _ = landing.start(model, images, 0.6)
