@@ -43,7 +43,7 @@ def fixed_count(config, target):
         tokens = config.num_tokens
         kept = []
         for _ in range(config.depth):
-            tokens -= min(count, (tokens - 1) // 2)
+            tokens -= min(count, (tokens - config.prefix_tokens) // 2)
             kept.append(tokens)
         return abs(model_flops(config, kept) / model_flops(config) - target)
 
