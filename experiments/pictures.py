@@ -449,6 +449,8 @@ def main(argv=None):
         model, name = models.chosen_model(args)
         transform = models.clean_transform(model.config)
         images = [data.open_image(path, transform) for path in args.images]
+        if args.data:
+            models.number_classes(model, dataset)
         if args.gallery:
             models.check_classes(dataset, model)
     except ValueError as error:
