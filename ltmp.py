@@ -9,7 +9,7 @@ block, the model, loading. Only torch is needed, so this file can be copied alon
 
 Shapes: B images, N places an image (the class token first; in inference as many as the image with
 most tokens needs), T tokens of all images together, C channels, H heads, D = C / H channels a head,
-P prefix tokens an image (the class token alone, or registers and a distillation token with it).
+P prefix tokens an image: the class token and what stands between it and the patches (often P = 1).
 
 One function has two executions. In training a token that merged or was dropped stays in the
 tensors, with a mask of 0, because a threshold learns from the tokens that it removed. In inference
