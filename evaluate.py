@@ -31,6 +31,7 @@ def main(argv=None):
         device = runtime.find_device(args.device)
         val_set = models.open_split(args, "val")
         model, name = models.chosen_model(args)
+        models.number_classes(model, val_set)
         models.check_classes(val_set, model)
     except ValueError as error:
         runtime.stop(error)

@@ -7,7 +7,8 @@ so is what finds the scores: the matching takes D n^2 / 4 multiply-adds a block,
     python flops.py deit_small_patch16_224                       a table per layer
     python flops.py deit_small_patch16_224 --kept 190 180 ...    with tokens kept after each block
 
-A config here is anything with image_size, patch_size, dim, depth, num_classes and mlp_ratio.
+A config here is anything with the fields of ltmp.ViTConfig that count: image_size, patch_size, dim,
+depth, num_classes, mlp_ratio, prefix_tokens and head_tokens.
 """
 
 import argparse
@@ -19,22 +20,24 @@ import torch
 def layer_flops(config, kept=None):
     """Multiply-adds per image of every layer, in order: (name, tokens that go in, multiply-adds).
 
-    kept: tokens after each block, the class token included, each a number or a tensor of any one
+    kept: tokens after each block, prefix tokens included, each a number or a tensor of any one
     shape (all tokens if None). Attention still sees what the block before kept; the MLP sees what
     this block keeps.
     """
     d, patches = config.dim, (config.image_size // config.patch_size) ** 2
-    kept = [patches + 1] * config.depth if kept is None else list(kept)
+    n = patches + config.prefix_tokens
+    kept = [n] * config.depth if kept is None else list(kept)
     if len(kept) != config.depth:
         raise ValueError(f"kept must hold one count per block: {config.depth}, not {len(kept)}")
-    layers, n = [("patch_embed", patches, patches * 3 * config.patch_size**2 * d)], patches + 1
+    layers = [("patch_embed", patches, patches * 3 * config.patch_size**2 * d)]
     for i, m in enumerate(kept):
         layers.append(
             (f"blocks.{i}.attn", n, 4 * n * d * d + 2 * n * n * d)
         )  # qkv, proj; q k^T, attn v
         layers.append((f"blocks.{i}.mlp", m, 2 * m * d * int(d * config.mlp_ratio)))
         n = m
-    return layers + [("head", 1, d * config.num_classes)]
+    read = config.head_tokens
+    return layers + [("head", read, read * d * config.num_classes)]
 
 
 def model_flops(config, kept=None):
@@ -64,7 +67,7 @@ def main():
         nargs="+",
         type=float,
         metavar="N",
-        help="tokens kept after each block, class token included (default: all)",
+        help="tokens kept after each block, prefix tokens included (default: all)",
     )
     given.add_argument(
         "--metrics",
@@ -80,9 +83,11 @@ def main():
         except (OSError, ValueError, KeyError, TypeError) as error:
             parser.error(f"{args.metrics} is no metrics.json of train.py or evaluate.py: {error!r}")
     if kept is not None and not (
-        len(kept) == config.depth and all(1 <= n <= config.num_tokens for n in kept)
+        len(kept) == config.depth
+        and all(config.prefix_tokens <= n <= config.num_tokens for n in kept)
     ):
-        allowed = f"1 to {config.num_tokens} tokens in each of {config.depth} blocks"
+        counts = f"{config.prefix_tokens} to {config.num_tokens} tokens"
+        allowed = f"{counts} in each of {config.depth} blocks"
         parser.error(f"{args.model} keeps {allowed}; got {' '.join(f'{n:g}' for n in kept)}")
     total, dense = model_flops(config, kept), model_flops(config)
     print(f"{'layer':<16}{'tokens':>8}{'MFLOPs':>10}{'share':>8}")

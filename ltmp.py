@@ -8,7 +8,8 @@ Read from top to bottom: configurations, the threshold, the tokens, merge, prune
 block, the model, loading. Only torch is needed, so this file can be copied alone.
 
 Shapes: B images, N places an image (the class token first; in inference as many as the image with
-most tokens needs), T tokens of all images together, C channels, H heads, D = C / H channels a head.
+most tokens needs), T tokens of all images together, C channels, H heads, D = C / H channels a head,
+P prefix tokens an image: the class token and what stands between it and the patches (often P = 1).
 
 One function has two executions. In training a token that merged or was dropped stays in the
 tensors, with a mask of 0, because a threshold learns from the tokens that it removed. In inference
@@ -38,9 +39,11 @@ class ViTConfig:
     """The shape of a plain ViT with a class token, and how its images are prepared.
 
     image_size and patch_size are in pixels; images are square. num_classes=0 means no head: the
-    model then returns the class feature (B, dim) in place of logits. layer_scale multiplies each
-    residual branch by a learned factor per channel. mean, std and crop_pct belong to the weights:
-    resize the shorter side to image_size / crop_pct, crop the centre, normalize.
+    model then returns what a head would read, (B, head_tokens * dim), in place of logits.
+    layer_scale multiplies each residual branch by a learned factor per channel. prefix_tokens stand
+    in front of the patches and always stay: the class token, then registers or a distillation
+    token. The head reads the first head_tokens of them. mean, std and crop_pct belong to the
+    weights: resize the shorter side to image_size / crop_pct, crop the centre, normalize.
     """
 
     image_size: int = 224
@@ -51,6 +54,8 @@ class ViTConfig:
     num_classes: int = 1000
     mlp_ratio: float = 4.0
     layer_scale: bool = False
+    prefix_tokens: int = 1
+    head_tokens: int = 1
     mean: tuple = (0.485, 0.456, 0.406)
     std: tuple = (0.229, 0.224, 0.225)
     crop_pct: float = 0.9
@@ -61,14 +66,19 @@ class ViTConfig:
                 f"image_size {self.image_size} must be a multiple of patch_size {self.patch_size}, "
                 f"and dim {self.dim} of heads {self.heads}"
             )
+        if not 1 <= self.head_tokens <= self.prefix_tokens:
+            counts = f"head_tokens {self.head_tokens}, prefix_tokens {self.prefix_tokens}"
+            raise ValueError(f"{counts}: the head reads one prefix token at least, at most all")
 
     @property
     def num_tokens(self):
-        """Tokens of one image: its patches and the class token."""
-        return (self.image_size // self.patch_size) ** 2 + 1
+        """Tokens of one image: its patches and the prefix tokens."""
+        return (self.image_size // self.patch_size) ** 2 + self.prefix_tokens
 
 
 DEIT_S = ViTConfig()
+DEIT3_S = replace(DEIT_S, layer_scale=True)
+DINOV2_S = replace(DEIT3_S, patch_size=14, num_classes=0, crop_pct=0.875)
 AUGREG_S = replace(DEIT_S, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
 DEMO = ViTConfig(28, 2, 64, 12, 4, 10, mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0)
 VARIANTS = {
@@ -76,13 +86,21 @@ VARIANTS = {
     "deit_small_patch16_224": DEIT_S,
     "deit_base_patch16_224": replace(DEIT_S, dim=768, heads=12),
     "deit_base_patch16_384": replace(DEIT_S, dim=768, heads=12, image_size=384, crop_pct=1.0),
+    "deit_small_distilled_patch16_224": replace(DEIT_S, prefix_tokens=2, head_tokens=2),
+    "deit3_small_patch16_224": DEIT3_S,
+    "deit3_small_patch16_384": replace(DEIT3_S, image_size=384, crop_pct=1.0),
+    "deit3_base_patch16_224": replace(DEIT3_S, dim=768, heads=12),
+    "deit3_base_patch16_384": replace(DEIT3_S, dim=768, heads=12, image_size=384, crop_pct=1.0),
+    "deit3_large_patch16_224": replace(DEIT3_S, dim=1024, depth=24, heads=16),
+    "deit3_large_patch16_384": replace(
+        DEIT3_S, dim=1024, depth=24, heads=16, image_size=384, crop_pct=1.0
+    ),
     "vit_tiny_patch16_224": replace(AUGREG_S, dim=192, heads=3),
     "vit_small_patch16_224": AUGREG_S,
     "vit_base_patch16_224": replace(AUGREG_S, dim=768, heads=12),
     "vit_large_patch16_224": replace(AUGREG_S, dim=1024, depth=24, heads=16),
-    "vit_small_patch14_dinov2": replace(
-        DEIT_S, patch_size=14, num_classes=0, layer_scale=True, crop_pct=0.875
-    ),
+    "vit_small_patch14_dinov2": DINOV2_S,
+    "vit_small_patch14_reg4_dinov2": replace(DINOV2_S, prefix_tokens=5),
     # Fashion-MNIST in patches of 2 x 2 pixels: the token grid of DeiT at 224 pixels.
     "demo": DEMO,
 }
@@ -141,7 +159,7 @@ class FixedCountMasker(nn.Module):
     """The rule of ToMe and of top-k pruning: r tokens per image, whatever their scores.
 
     step="merge" puts 1 on the r highest scores: these tokens merge. step="prune" puts 0 on the r
-    lowest: these are dropped. Of n live tokens at most (n - 1) // 2 go.
+    lowest: these are dropped. Of n live tokens at most (n - P) // 2 go.
     """
 
     def __init__(self, r, step):
@@ -155,7 +173,7 @@ class FixedCountMasker(nn.Module):
         order = scores.sort(dim=1, descending=self.step == "merge", stable=True).indices
         rank = order.argsort(dim=1)  # (B, M), 0 for the first to go
         if self.step == "merge":
-            # No limit is needed: set A without the class token has (n - 1) // 2 tokens.
+            # No limit is needed: set A without its prefix token has (n - P) // 2 tokens.
             return (candidate & (rank < self.r)).float()
         most = candidate.sum(1, keepdim=True) // 2
         return (rank >= most.clamp(max=self.r)).float()
@@ -180,9 +198,10 @@ class Tokens:
     rows: torch.Tensor  # (B, N) which row of x holds each image's tokens, the class token first
     live: torch.Tensor  # (B, N) whether there is a live token at this place
     merges: tuple | None = None  # of the last merge: rows_a, partner, merged; for pictures
+    prefix_tokens: int = 1  # how many tokens of each image always stay: they come first
 
     def kept(self):
-        """Live tokens of each image (B,), the class token included; differentiable in training."""
+        """Live tokens of each image (B,), prefix tokens included; differentiable in training."""
         if self.mask is None:
             return self.live.sum(1).float()
         return self.mask.view_as(self.rows).sum(1)
@@ -215,7 +234,7 @@ def drop_dead(tokens):
     live = torch.arange(count.max(), device=count.device) < count  # (B, N')
     # A place without a token repeats the row of the image's last token.
     rows = (live.flatten().cumsum(0) - 1).view_as(live)
-    return Tokens(x, size, None, rows, live, tokens.merges)
+    return replace(tokens, x=x, size=size, rows=rows, live=live)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -238,17 +257,19 @@ def bipartite_matching(key_a, key_b, live_b):
 def merge(tokens, key, importance, masker):
     """Merge every other token into its most similar partner, where the masker says so.
 
-    Live tokens at places 0, 2, 4 ... are set A, those at 1, 3, 5 ... are set B (ToMe, arXiv
-    2210.09461). An A token whose similarity to its partner is above the threshold merges into it.
-    The class token, at place 0, never merges. Several A tokens may merge into one B token. The B
-    token becomes the mean of all of them, weighted by size. Sizes add up, and its importance
-    becomes the largest of theirs. The new order is A, then B.
+    Counted from the last prefix token, live tokens at places 0, 2, 4 ... are set A, those at 1, 3,
+    5 ... are set B (ToMe, arXiv 2210.09461). An A token whose similarity to its partner is above
+    the threshold merges into it. Prefix tokens never merge, and nothing merges into them. Several A
+    tokens may merge into one B token. The B token becomes the mean of all of them, weighted by
+    size. Sizes add up, and its importance becomes the largest of theirs. The new order is prefix
+    tokens, A, B.
 
     key (T, D) averaged over heads, importance (T,) -> tokens, importance (T,).
     """
     tokens = live_first(tokens)
-    rows_a, rows_b = tokens.rows[:, 0::2], tokens.rows[:, 1::2]  # (B, Na), (B, Nb)
-    live_a, live_b = tokens.live[:, 0::2], tokens.live[:, 1::2]
+    first = tokens.prefix_tokens - 1
+    rows_a, rows_b = tokens.rows[:, first::2], tokens.rows[:, first + 1 :: 2]  # (B, Na), (B, Nb)
+    live_a, live_b = tokens.live[:, first::2], tokens.live[:, first + 1 :: 2]
     if rows_b.shape[1] == 0:
         return replace(tokens, merges=None), importance
 
@@ -275,9 +296,11 @@ def merge(tokens, key, importance, masker):
     importance = importance.scatter_reduce(0, b, others, "amax")  # (T,)
 
     mask = multiply(tokens.mask, rows_a, 1 - decision)
-    rows = torch.cat([rows_a, rows_b], 1)
-    live = torch.cat([live_a & ~merged, live_b], 1)
-    return Tokens(x, size, mask, rows, live, (rows_a, partner, merged)), importance
+    rows = torch.cat([tokens.rows[:, :first], rows_a, rows_b], 1)
+    live = torch.cat([tokens.live[:, :first], live_a & ~merged, live_b], 1)
+    merges = rows_a, partner, merged
+    tokens = replace(tokens, x=x, size=size, mask=mask, rows=rows, live=live, merges=merges)
+    return tokens, importance
 
 
 # --------------------------------------------------------------------------------------------------
@@ -285,13 +308,13 @@ def merge(tokens, key, importance, masker):
 
 
 def prune(tokens, importance, masker):
-    """Drop the tokens whose importance is not above the threshold; the class token always stays.
+    """Drop the tokens whose importance is not above the threshold; prefix tokens always stay.
 
     importance (T,) -> tokens.
     """
     # A token that is dead has a factor of 1: 0 would cut the gradient of the decision it died by.
     scores = take(importance, tokens.rows).masked_fill(~tokens.live, math.inf)  # (B, N)
-    scores[:, 0] = math.inf
+    scores[:, : tokens.prefix_tokens] = math.inf
     kept = masker(scores)  # (B, N) of 0 and 1
     mask = multiply(tokens.mask, tokens.rows, kept)
     return replace(tokens, mask=mask, live=tokens.live & (kept > 0))
@@ -488,17 +511,18 @@ class LTMPViT(nn.Module):
         self.config = config
         self.method = method
         self.patch_embed = PatchEmbed(config.patch_size, config.dim)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim))
+        self.cls_token = nn.Parameter(torch.zeros(1, config.prefix_tokens, config.dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, config.num_tokens, config.dim))
         self.blocks = nn.ModuleList(Block(config, method, tau, count) for count in counts)
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
         has_head = config.num_classes > 0
-        self.head = nn.Linear(config.dim, config.num_classes) if has_head else nn.Identity()
+        width = config.head_tokens * config.dim
+        self.head = nn.Linear(width, config.num_classes) if has_head else nn.Identity()
 
     def forward(self, images, drop=None):
         """images (B, 3, S, S), normalized -> logits (B, num_classes), kept (depth, B).
 
-        kept: live tokens after each block, the class token included; differentiable in training.
+        kept: live tokens after each block, prefix tokens included; differentiable in training.
         drop: whether dead tokens are left out (the default in eval mode) or stay, masked (the
         default in training mode: thresholds need their gradient). The logits agree to rounding,
         unless rounding moves a score across a threshold.
@@ -515,17 +539,20 @@ class LTMPViT(nn.Module):
         S = self.config.image_size
         if images.dim() != 4 or images.shape[1:] != (3, S, S) or not len(images):
             raise ValueError(f"images must be (B, 3, {S}, {S}), B >= 1; got {tuple(images.shape)}")
-        x = self.patch_embed(images)  # (B, N - 1, C)
+        x = self.patch_embed(images)  # (B, N - P, C)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1) + self.pos_embed  # (B, N, C)
         shape = x.shape[:2]
         rows = torch.arange(shape.numel(), device=x.device).view(shape)  # (B, N)
         size = torch.ones(shape.numel(), dtype=torch.float32, device=x.device)  # (T,)
         mask = None if drop else size
-        return Tokens(x.flatten(0, 1), size, mask, rows, torch.ones_like(rows, dtype=torch.bool))
+        live = torch.ones_like(rows, dtype=torch.bool)
+        prefix_tokens = self.config.prefix_tokens
+        return Tokens(x.flatten(0, 1), size, mask, rows, live, prefix_tokens=prefix_tokens)
 
     def classify(self, tokens):
         """Tokens after the last block -> logits (B, num_classes)."""
-        return self.head(self.norm(tokens.x.index_select(0, tokens.rows[:, 0])))
+        read = take(tokens.x, tokens.rows[:, : self.config.head_tokens])  # (B, head_tokens, C)
+        return self.head(self.norm(read).flatten(1))
 
 
 def create_model(name, method="ltmp", num_classes=None, tau=0.1, r=None, attention=None, **changes):

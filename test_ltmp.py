@@ -45,33 +45,33 @@ settings.load_profile("repeatable")
 # Two oracles
 
 
-def plain_step(key, importance, merge_at, prune_at, r):
+def plain_step(key, importance, merge_at, prune_at, r, P):
     """Merge and prune of one image, token by token: key (n, D), importance (n,).
 
     Returns what is left, in order, each token as the list of its sources. r: the fixed counts of
-    tome and topk in place of the thresholds.
+    tome and topk in place of the thresholds. P: prefix tokens.
     """
     key = F.normalize(key, dim=-1)
     importance = importance.tolist()
     tokens = {i: [i] for i in range(len(key))}
     nearest = {}
-    # The class token does not merge. Of equal partners the first is taken.
-    for a in range(2, len(key), 2):
-        nearest[a] = max((min((key[a] @ key[b]).item(), 1), -b) for b in range(1, len(key), 2))
+    # Prefix tokens do not merge. Of equal partners the first is taken.
+    for a in range(P + 1, len(key), 2):
+        nearest[a] = max((min((key[a] @ key[b]).item(), 1), -b) for b in range(P, len(key), 2))
     chosen = [a for a in nearest if nearest[a][0] > merge_at]
     if r is not None:
         chosen = sorted(nearest, key=lambda a: -nearest[a][0])[:r]
     for a in chosen:
         tokens[-nearest[a][1]] += tokens.pop(a)
-    # Set A, then set B.
-    order = [tokens[i] for i in sorted(tokens, key=lambda i: (i % 2, i))]
+    # Prefix tokens, set A, set B.
+    order = [tokens[i] for i in sorted(tokens, key=lambda i: (i >= P and (i - P) % 2 == 0, i))]
 
     def score(sources):
         return max(importance[i] for i in sources)
 
-    dropped = [t for t in order[1:] if score(t) <= prune_at]
+    dropped = [t for t in order[P:] if score(t) <= prune_at]
     if r is not None:
-        dropped = sorted(order[1:], key=score)[: min(r, (len(order) - 1) // 2)]
+        dropped = sorted(order[P:], key=score)[: min(r, (len(order) - P) // 2)]
     return [t for t in order if t not in dropped]
 
 
@@ -107,6 +107,7 @@ def random_model(seed, method, attention=None, **changes):
     heads, grid = rng.choice([1, 2, 3]), rng.choice([2, 3, 4, 5, 6, 7])
     fields = {"image_size": 2 * grid, "patch_size": 2, "dim": 8 * heads, "heads": heads}
     fields |= {"depth": rng.choice([2, 3, 5]), "num_classes": 7, "layer_scale": seed % 3 == 0}
+    fields |= {"prefix_tokens": (1, 5, 2, 1)[seed % 4], "head_tokens": (1, 1, 2, 1)[seed % 4]}
     r = rng.choice([1, 2, 3, 99]) if method in FIXED else None
     model = LTMPViT(ViTConfig(**fields | changes), method, r=r, attention=attention)
     spread_weights(model, seed)
@@ -191,7 +192,8 @@ def test_thresholds_and_masks_are_float32_whatever_the_default(dtype):
 
 @pytest.mark.parametrize("method", FIXED)
 def test_a_fixed_count_removes_r_but_never_half(method):
-    model, images = random_model(1, method, image_size=14, depth=5)  # 50 tokens
+    changes = {"image_size": 14, "depth": 5, "prefix_tokens": 1}  # 50 tokens
+    model, images = random_model(1, method, **changes)
     for block in model.blocks:
         (block.merge_masker if method == "tome" else block.prune_masker).r = 13
     kept = assert_one_function(model, images)
@@ -206,10 +208,15 @@ LIVE = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 COUNT = st.none() | st.integers(0, 12)
 
 
+PREFIX = st.just(1) | st.integers(1, 5)
+DEAD, SEED = st.integers(0, 3), st.integers(0, 10**6)
+
+
 @settings(max_examples=80)
-@given(LIVE, st.integers(0, 3), st.integers(0, 10**6), st.booleans(), THRESHOLD, THRESHOLD, COUNT)
-def test_a_step_is_a_loop_over_tokens(live, dead, seed, equal, merge_at, prune_at, r):
+@given(LIVE, DEAD, SEED, st.booleans(), THRESHOLD, THRESHOLD, COUNT, PREFIX)
+def test_a_step_is_a_loop_over_tokens(live, dead, seed, equal, merge_at, prune_at, r, P):
     """Images with `live` tokens in some of their places. equal: many keys and scores are equal."""
+    live = [n + P - 1 for n in live]
     B, N = len(live), max(live) + dead
     generator = torch.Generator().manual_seed(seed)
     key = torch.randn(B, N, 4, generator=generator)
@@ -218,9 +225,9 @@ def test_a_step_is_a_loop_over_tokens(live, dead, seed, equal, merge_at, prune_a
         key = torch.eye(5)[torch.randint(5, (B, N), generator=generator), :4]
         importance = torch.randint(4, (B, N), generator=generator) / 4
     size = 1.0 + torch.randint(9, (B, N), generator=generator)
-    # The class token is first; live and dead are mixed behind it.
+    # Prefix tokens are first; live and dead are mixed behind them.
     lot = torch.rand(B, N, generator=generator)
-    lot[:, 0] = -1
+    lot[:, :P] = -1
     is_live = lot.argsort(1).argsort(1) < torch.tensor(live)[:, None]
     # The rows of an image lie in any order.
     rows = torch.rand(B, N, generator=generator).argsort(1) + N * torch.arange(B)[:, None]
@@ -232,7 +239,7 @@ def test_a_step_is_a_loop_over_tokens(live, dead, seed, equal, merge_at, prune_a
     maskers = ThresholdMasker(merge_at, 0.1), ThresholdMasker(prune_at, 0.1)
     if r is not None:
         maskers = FixedCountMasker(r, "merge"), FixedCountMasker(r, "prune")
-    masked = Tokens(x_t, size_t, mask_t, rows, is_live)
+    masked = Tokens(x_t, size_t, mask_t, rows, is_live, prefix_tokens=P)
     merged, most = ltmp.merge(masked, key_t, importance_t, maskers[0])
     pruned = ltmp.live_first(ltmp.prune(merged, most, maskers[1]))
     # Inference has the same tokens in the same order, and no others.
@@ -247,7 +254,7 @@ def test_a_step_is_a_loop_over_tokens(live, dead, seed, equal, merge_at, prune_a
     assert torch.equal(pruned.mask, pruned.mask.bool().float())
     for i in range(B):
         places = is_live[i].nonzero()[:, 0]
-        left = plain_step(key[i, places], importance[i, places], merge_at, prune_at, r)
+        left = plain_step(key[i, places], importance[i, places], merge_at, prune_at, r, P)
         assert pruned.live[i].tolist() == [True] * len(left) + [False] * (N - len(left))
         assert pruned.kept()[i] == len(left)
         for j, sources in enumerate(left):
@@ -257,6 +264,22 @@ def test_a_step_is_a_loop_over_tokens(live, dead, seed, equal, merge_at, prune_a
             share = torch.zeros(N)
             share[sources] = size[i, sources] / size[i, sources].sum()
             torch.testing.assert_close(pruned.x[row], share)
+
+
+@pytest.mark.parametrize("method", LEARNED)
+def test_prefix_tokens_stay_as_they_are_and_in_front(method):
+    model, images = random_model(0, method, image_size=12, prefix_tokens=4)
+    # All that can merge merges, and all that can be pruned is pruned.
+    set_thresholds(model, -2, 2)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, inputs, tokens: seen.append(tokens))
+    model.train()(images)
+    rows = torch.arange(len(images) * model.config.num_tokens).view(len(images), -1)[:, :4]
+    for tokens in seen:
+        assert torch.equal(tokens.rows[:, :4], rows) and tokens.live[:, :4].all()
+        assert (tokens.mask[rows] == 1).all() and (tokens.size[rows] == 1).all()
+    assert (tokens.kept() < model.config.num_tokens).all()
 
 
 def test_a_merge_threshold_of_one_merges_not_even_equal_tokens():
@@ -390,13 +413,14 @@ def test_one_semantics_at_the_extremes(method, extreme):
     for grid in (1, 2, 3, 4):
         model, images = random_model(grid, method, image_size=2 * grid, depth=5)
         set_thresholds(model, *EXTREMES[extreme])
-        kept, n = assert_one_function(model, images), model.config.num_tokens
+        kept = assert_one_function(model, images)
+        n, P = model.config.num_tokens, model.config.prefix_tokens
         if extreme == "nothing happens":
             assert (kept == n).all()
         elif "all pruned" in extreme and method != "ltm":
-            assert (kept == 1).all()
+            assert (kept == P).all()
         elif extreme == "all merge" and method != "ltp":
-            assert (kept[0] == n - (n - 1) // 2).all() and (kept[-1] == min(n, 2)).all()
+            assert (kept[0] == n - (n - P) // 2).all() and (kept[-1] == P + 1).all()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -500,7 +524,14 @@ def test_forward_matches_the_authors(method, execution, attention):
 
 @pytest.mark.parametrize(
     "name, millions",
-    [("deit_tiny_patch16_224", 5.7), ("deit_base_patch16_384", 86.9), ("demo", 0.62)],
+    [
+        ("deit_tiny_patch16_224", 5.7),
+        ("deit_base_patch16_384", 86.9),
+        ("deit_small_distilled_patch16_224", 22.4),
+        ("deit3_base_patch16_224", 86.6),
+        ("deit3_large_patch16_384", 304.8),
+        ("demo", 0.62),
+    ],
 )
 def test_variants_have_their_published_size(name, millions):
     with torch.device("meta"):
@@ -528,6 +559,8 @@ def test_state_dict_names_are_deits_and_the_authors():
         {"method": "tome", "r": [None] * 12},
         {"name": "deit"},
         {"dim": 63},
+        {"prefix_tokens": 0},
+        {"prefix_tokens": 2, "head_tokens": 3},
     ],
 )
 def test_wrong_models_are_refused_in_one_line(bad):
@@ -626,6 +659,14 @@ def test_flops_are_what_torch_counts(method):
     matching = (((n + 1) // 2) * (n // 2)).sum().item() * model.config.dim // model.config.heads
     rest = counter.get_total_flops() / 2 - flops.model_flops(model.config, kept).item()
     assert rest == (matching if "merge" in METHODS[method] else 0)
+
+
+@pytest.mark.parametrize("method", ["dense", "ltp"])
+def test_prefix_tokens_and_what_the_head_reads_are_counted(method):
+    model, images = random_model(2, method, prefix_tokens=4, head_tokens=3)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        kept = model.eval()(images[:1])[1]
+    assert counter.get_total_flops() / 2 == flops.model_flops(model.config, kept).item()
 
 
 def test_ratio_is_per_image_and_differentiable():

@@ -107,6 +107,7 @@ def main(argv=None):
         state = models.read_weights(args.model, args.weights)
         sizes = {"num_classes": args.num_classes, "image_size": args.image_size}
         model = models.build_model(args.model, args.method, state, args.tau, **sizes).to(device)
+        models.number_classes(model, train_set, val_set)
         models.check_classes(val_set, model)
     except ValueError as error:
         runtime.stop(error)

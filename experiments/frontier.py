@@ -43,7 +43,7 @@ def fixed_count(config, target):
         tokens = config.num_tokens
         kept = []
         for _ in range(config.depth):
-            tokens -= min(count, (tokens - 1) // 2)
+            tokens -= min(count, (tokens - config.prefix_tokens) // 2)
             kept.append(tokens)
         return abs(model_flops(config, kept) / model_flops(config) - target)
 
@@ -225,6 +225,7 @@ def main(argv=None):
         state = models.read_weights(args.model, args.weights)
         sizes = {"num_classes": args.num_classes, "image_size": args.image_size}
         dense = models.build_model(args.model, "dense", state, **sizes).to(device).eval()
+        models.number_classes(dense, dataset)
         models.check_classes(dataset, dense)
         dataset.transform = models.clean_transform(dense.config)
         rows = frontier(dense, data.subset(dataset, args.limit_val), args, device)

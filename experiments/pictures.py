@@ -65,8 +65,9 @@ def held_by(model, images):
             holder = goes_to[holder]  # (T,)
         position = torch.full_like(own_row, -1)
         position[tokens.rows[tokens.live]] = (tokens.live.cumsum(1) - 1)[tokens.live]
-        # The class token is no patch.
-        positions.append(position[holder].view_as(tokens.rows)[:, 1:])
+        # Prefix tokens are no patches.
+        patches = position[holder].view_as(tokens.rows)[:, tokens.prefix_tokens :]
+        positions.append(patches)
     return logits, kept, torch.stack(positions)
 
 
@@ -185,7 +186,7 @@ LEGEND = {
 }
 
 
-def strip(pixels, holders, kept, lines):
+def strip(pixels, holders, kept, lines, num_tokens):
     """One image on its way through the blocks, as a PIL image.
 
     pixels (S, S, 3) uint8, holders (depth, patches), kept: tokens after each block, lines: what to
@@ -202,7 +203,7 @@ def strip(pixels, holders, kept, lines):
     sheet = Image.new("RGB", (COLUMNS * step + GAP, height), PAPER)
     panel(sheet, GAP, top, scaled(pixels, side), "input, as the model sees it")
     start = token_picture(pixels, np.arange(patches).reshape(G, G), cell)
-    panel(sheet, GAP + step, top, start, f"{patches} patches", f"{patches + 1} tokens")
+    panel(sheet, GAP + step, top, start, f"{patches} patches", f"{num_tokens} tokens")
     for i in range(depth):
         x = GAP + i % COLUMNS * step
         y = top + rise * (1 + i // COLUMNS)
@@ -212,7 +213,7 @@ def strip(pixels, holders, kept, lines):
     draw = ImageDraw.Draw(sheet)
     x = GAP + 2 * step
     width = 2 * step - GAP
-    last = f"{kept[-1]:.0f} of {patches + 1} tokens are left, the class token among them"
+    last = f"{kept[-1]:.0f} of {num_tokens} tokens are left, the class token among them"
     write(draw, x, top - 5, lines[0], 17, INK, width)
     for i, line in enumerate([*lines[1:], last], 1):
         write(draw, x, top - 1 + 20 * i, line, 14, FADED if i == 1 else INK, width)
@@ -249,7 +250,8 @@ def draw_strips(model, name, images, paths, classes, out):
             target = target.with_stem(f"{target.stem}_{len(written) + 1}")
         written.append(target)
         holders = holders[:, 0].cpu().numpy()
-        save(strip(pixels_of(image, config), holders, kept[:, 0].tolist(), lines), target)
+        pixels, counts = pixels_of(image, config), kept[:, 0].tolist()
+        save(strip(pixels, holders, counts, lines, config.num_tokens), target)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -447,6 +449,8 @@ def main(argv=None):
         model, name = models.chosen_model(args)
         transform = models.clean_transform(model.config)
         images = [data.open_image(path, transform) for path in args.images]
+        if args.data:
+            models.number_classes(model, dataset)
         if args.gallery:
             models.check_classes(dataset, model)
     except ValueError as error:

@@ -11,6 +11,8 @@ from . import fast_attention, runtime, weights
 
 DEMO = Path(__file__).parent.parent / "demo"
 DEMO_WEIGHTS, DEMO_THRESHOLDS = DEMO / "vit_demo.pth", DEMO / "thresholds.json"
+# The WordNet ids of ImageNet's 1,000 classes, in the order of their numbers.
+IMAGENET_IDS = Path(__file__).with_name("imagenet_ids.txt")
 
 
 def model_flags(parser):
@@ -77,7 +79,7 @@ def read_weights(name, source):
         return None
     if source is None:
         source = DEMO_WEIGHTS if name == "demo" else weights.official_weights(name)
-    return weights.read_checkpoint(source)
+    return weights.read_checkpoint(source, runtime.say)
 
 
 def build_model(name, method, state, tau=0.1, r=None, num_classes=None, image_size=None):
@@ -188,6 +190,21 @@ def open_both(args):
         names = ", ".join(odd[:5])
         raise ValueError(f"train and val have different classes: {names} in one alone")
     return train_set, val_set
+
+
+def number_classes(model, *datasets):
+    """Give labels ImageNet's class numbers where the model has its 1,000 classes.
+
+    datasets: of the same classes; they change where all their folders are named by ImageNet's ids.
+    """
+    classes, ids = datasets[0].classes, IMAGENET_IDS.read_text().split()
+    if len(classes) < model.config.num_classes == len(ids) and set(classes) <= set(ids):
+        numbers = [ids.index(name) for name in classes]
+        for dataset in datasets:
+            dataset.samples = [(path, numbers[label]) for path, label in dataset.samples]
+            dataset.classes = ids
+        count = len(classes)
+        runtime.say(f"note: the {count} classes are ImageNet's: labels are their numbers there")
 
 
 def check_classes(dataset, model):

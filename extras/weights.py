@@ -5,7 +5,8 @@
 
 Files are told apart by their content, not by their name, and no code in them is ever run:
 
-    torch          DeiT and DeiT-III, timm, DINOv2, Hugging Face, also inside a training checkpoint
+    torch          DeiT and DeiT-III, timm, DINOv2, Hugging Face, also inside a training checkpoint;
+                   distillation and register tokens become part of cls_token (1, P, C)
     .npz           Google's AugReg, "How to train your ViT?" (arXiv 2106.10270)
     .safetensors   any of these, with the package safetensors
 """
@@ -27,6 +28,7 @@ WEIGHTS = {
     "deit_small_patch16_224": DEIT_URL + "deit_small_patch16_224-cd65a155.pth",
     "deit_base_patch16_224": DEIT_URL + "deit_base_patch16_224-b5f2ef4d.pth",
     "deit_base_patch16_384": DEIT_URL + "deit_base_patch16_384-8de9b5d1.pth",
+    "deit_small_distilled_patch16_224": DEIT_URL + "deit_small_distilled_patch16_224-649709d9.pth",
 }
 
 # Where a training checkpoint keeps the weights. An average of them comes first.
@@ -38,8 +40,9 @@ UNUSED = r"mask_token$|^(vit\.|deit\.)?pooler\.|^pre_logits/"
 # Names of other libraries -> DeiT's: regular expressions, applied in this order.
 DEIT_III = [(r"\.gamma_([12])$", r".ls\1.gamma")]
 HUGGING_FACE = [
-    (r"^(vit|deit|dinov2)\.", ""),
-    (r"^embeddings\.cls_token", "cls_token"),
+    (r"^(vit|deit|dinov2|dinov2_with_registers)\.", ""),
+    (r"^embeddings\.(cls_token|register_tokens)", r"\1"),
+    (r"^embeddings\.distillation_token", "dist_token"),
     (r"^embeddings\.position_embeddings", "pos_embed"),
     (r"^embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
     (r"^(encoder\.)?layers?\.", "blocks."),
@@ -51,7 +54,8 @@ HUGGING_FACE = [
     (r"output\.dense", "mlp.fc2"),
     (r"layer_scale(\d)\.lambda1", r"ls\1.gamma"),
     (r"^layernorm", "norm"),
-    (r"^classifier", "head"),
+    (r"^(cls_)?classifier", "head"),
+    (r"^distillation_classifier", "head_dist"),
 ]
 FLAX = [
     (r"/", "."),
@@ -69,14 +73,24 @@ FLAX = [
     (r"(scale|kernel)$", "weight"),
 ]
 
+# Tokens that stand between the class token and the patches.
+PREFIX = ("dist_token", "reg_token", "register_tokens")
+
 # Models that are no plain ViT: a weight that only they have, and what they are.
 OTHER_MODELS = [
-    (r"dist_token|distillation_token", "a distilled DeiT, with a second token for its teacher"),
-    (r"reg_token|register_tokens", "a ViT with register tokens"),
     (r"(^|\.)fc_norm\.", "a ViT whose head reads the mean of the patches"),
-    (r"\.q_norm\.", "a ViT that normalizes its queries and keys"),
+    (r"(^|\.)attn_pool\.", "a ViT whose head pools the patches by attention"),
+    (r"\.[qk]_norm\.", "a ViT that normalizes its queries and keys"),
+    (r"(^|\.)norm_pre\.", "a ViT with a norm before its first block"),
+    (r"relative_position|rel_pos", "a ViT with relative positions"),
+    (r"\.mlp\.(w12|weights_in|fc1_g)\.", "a ViT with a gated MLP"),
 ]
-PLAIN = "this ViT is plain, with one class token and nothing else in front"
+# What every plain ViT has, and what a model without it is.
+NEEDED = {
+    "cls_token": "a model without a class token, or in unknown names (no cls_token)",
+    "pos_embed": "a model without learned positions, or in unknown names (no pos_embed)",
+}
+PLAIN = "only a plain ViT that classifies by its class token can be loaded"
 
 
 # --------------------------------------------------------------------------------------------------
@@ -112,12 +126,13 @@ def download(url):
     return path
 
 
-def read_checkpoint(source):
+def read_checkpoint(source, say=lambda line: None):
     """Weights of a plain ViT as a dict: names of DeiT and timm -> tensors.
 
     source: a path, a URL (http, https, file), or what such a file holds, a dict.
-    Of weights and their average (model_ema, state_dict_ema) the average is taken. Position
-    embeddings (1, g * g, C) without one for the class token, DeiT-III's, get a zero one for it.
+    Of weights and their average (model_ema, state_dict_ema) the average is taken: say, a function
+    of a line, is told so. Distillation and register tokens join cls_token (1, P, C). Prefix tokens
+    without a position, such as DeiT-III's class token, get a zero one.
     Raises ValueError where the source holds no weights, or those of another kind of model.
     """
     state, where = source, "the state dict"
@@ -128,6 +143,8 @@ def read_checkpoint(source):
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
+            if wrapper.endswith("_ema"):
+                say(f"note: the weights are the average that {where} holds as {wrapper}")
     items = state.items() if isinstance(state, dict) else ()
     if not items or not all(isinstance(name, str) and torch.is_tensor(w) for name, w in items):
         raise ValueError(f"{where} holds no state dict: names of weights and their tensors")
@@ -136,13 +153,14 @@ def read_checkpoint(source):
         for name in state:
             if re.search(pattern, name):
                 raise ValueError(f"{where} holds {kind} ({name}): {PLAIN}")
-    if "cls_token" not in state:
-        kind = "a model without a class token, or in unknown names (no cls_token)"
-        raise ValueError(f"{where} holds {kind}: {PLAIN}")
-    positions = state.get("pos_embed", torch.empty(0))
-    if positions.dim() == 3 and math.isqrt(positions.shape[1]) ** 2 == positions.shape[1]:
-        state["pos_embed"] = F.pad(positions, (0, 0, 1, 0))
-    return state
+    for name, kind in NEEDED.items():
+        if name not in state:
+            raise ValueError(f"{where} holds {kind}: {PLAIN}")
+    try:
+        return _join_prefix_tokens(state)
+    except (IndexError, KeyError, RuntimeError):
+        problem = "prefix tokens, positions or heads that do not fit together"
+        raise ValueError(f"{where} holds {problem}") from None
 
 
 def fit(state, model, new_head=False):
@@ -150,33 +168,39 @@ def fit(state, model, new_head=False):
 
     Position embeddings are resized to the model's grid. new_head=True takes the model's own head
     where the checkpoint has none, or one for another number of classes.
-    Raises ValueError where the positions are not those of a class token and a square grid.
+    Raises ValueError where the state dict has more or fewer prefix tokens than the model, or its
+    positions are not those of prefix tokens and a square grid.
     """
     own, state = model.state_dict(), dict(state)
-    num_tokens = own["pos_embed"].shape[1]
-    positions = state.get("pos_embed", torch.empty(0))
+    num_tokens, prefix_tokens = model.config.num_tokens, model.config.prefix_tokens
+    found = state["cls_token"].shape[1] if state["cls_token"].dim() == 3 else prefix_tokens
+    if found != prefix_tokens:
+        counts = f"the weights have {found}, the model has {prefix_tokens}"
+        raise ValueError(f"{counts} prefix tokens (class token, distillation token, registers)")
+    positions = state["pos_embed"]
     if positions.dim() == 3 and positions.shape[1] != num_tokens:
-        state["pos_embed"] = resize_positions(positions, num_tokens)
+        state["pos_embed"] = resize_positions(positions, num_tokens, prefix_tokens)
     head = state.get("head.weight", torch.empty(0))
     if new_head and "head.weight" in own and head.shape != own["head.weight"].shape:
         state |= {"head.weight": own["head.weight"], "head.bias": own["head.bias"]}
     return state
 
 
-def resize_positions(pos_embed, num_tokens):
-    """Position embeddings (1, 1 + g * g, C) for another square grid -> (1, num_tokens, C).
+def resize_positions(pos_embed, num_tokens, prefix_tokens=1):
+    """Position embeddings (1, P + g * g, C) for another square grid -> (1, num_tokens, C).
 
-    Bicubic and anti-aliased; the class token keeps its own.
+    Bicubic and anti-aliased; the P prefix tokens keep their own.
     """
     count = pos_embed.shape[1]
-    old, new = math.isqrt(max(count - 1, 0)), math.isqrt(num_tokens - 1)
-    if old == 0 or old * old != count - 1:
+    if not _is_square(count - prefix_tokens):
+        tokens = "a class token" if prefix_tokens == 1 else f"{prefix_tokens} prefix tokens"
         problem = f"pos_embed has {count} positions"
-        raise ValueError(f"{problem}, not those of a class token and a square grid")
-    class_position, grid = pos_embed.float().split([1, old * old], dim=1)
+        raise ValueError(f"{problem}, not those of {tokens} and a square grid")
+    old, new = math.isqrt(count - prefix_tokens), math.isqrt(num_tokens - prefix_tokens)
+    own, grid = pos_embed.float().split([prefix_tokens, old * old], dim=1)
     grid = grid.unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, C, old, old)
     grid = F.interpolate(grid, (new, new), mode="bicubic", antialias=True)  # (1, C, new, new)
-    return torch.cat([class_position, grid.flatten(2).transpose(1, 2)], dim=1)
+    return torch.cat([own, grid.flatten(2).transpose(1, 2)], dim=1)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -273,6 +297,32 @@ def _in_deit_names(state):
             joined = torch.cat([state.pop(part) for part in parts])
             state[name.replace(".attn.q.", ".attn.qkv.")] = joined
     return state
+
+
+def _join_prefix_tokens(state):
+    """One cls_token (1, P, C) for all prefix tokens, a position for each, and one head for two.
+
+    The mean of two heads is one head, of half their weights, that reads both tokens side by side.
+    """
+    tokens = [state[name] for name in ("cls_token", *PREFIX) if name in state]
+    state = {name: value for name, value in state.items() if name not in PREFIX}
+    state["cls_token"] = torch.cat(tokens, 1)
+    if "head_dist.weight" in state and "head.weight" in state:
+        weights = state["head.weight"], state.pop("head_dist.weight")
+        state["head.weight"] = torch.cat(weights, 1) / 2
+        state["head.bias"] = (state["head.bias"] + state.pop("head_dist.bias")) / 2
+
+    # Positions are there for the patches alone, for the class token too, or for all tokens.
+    positions, P = state["pos_embed"], state["cls_token"].shape[1]
+    own = next((own for own in (0, 1) if _is_square(positions.shape[1] - own)), P)
+    if own < P:
+        patches = F.pad(positions[:, own:], (0, 0, P - own, 0))
+        state["pos_embed"] = torch.cat([positions[:, :own], patches], 1)
+    return state
+
+
+def _is_square(count):
+    return count > 0 and math.isqrt(count) ** 2 == count
 
 
 def _from_flax(name, value):

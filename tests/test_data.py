@@ -16,6 +16,8 @@ from hypothesis import strategies as st
 from PIL import Image, ImageEnhance, ImageOps
 
 import data
+import ltmp
+from extras import models
 
 ODD_IMAGES = [
     ("RGB", (40, 30)), ("L", (17, 61)), ("P", (33, 33)), ("RGBA", (100, 21)),
@@ -340,6 +342,40 @@ def test_hidden_folders_are_left_out(tmp_path):
     save_images(tmp_path, "a/0.png", f"a/{hidden}/0.png", f"{hidden}/0.png")
     folder = data.ImageFolder(tmp_path)
     assert folder.classes == ["a"] and names(folder, tmp_path) == ["a/0.png"]
+
+
+IMAGENET = {"n01440764": 0, "n02123045": 281, "n03388043": 562, "n15075141": 999}
+
+
+def numbered(root, names, num_classes):
+    """The folder of these classes as a model with num_classes takes it."""
+    save_images(root, *[f"{name}/0.png" for name in names])
+    folder = data.ImageFolder(root)
+    config = ltmp.ViTConfig(8, 8, dim=2, depth=1, heads=1, num_classes=num_classes)
+    models.number_classes(ltmp.LTMPViT(config, "dense"), folder)
+    return folder
+
+
+def test_folders_of_imagenet_get_its_class_numbers(tmp_path, capsys):
+    folder = numbered(tmp_path, IMAGENET, 1000)
+    assert [label for _, label in folder.samples] == list(IMAGENET.values())
+    assert [folder.classes[label] for label in IMAGENET.values()] == list(IMAGENET)
+    line = "note: the 4 classes are ImageNet's: labels are their numbers there\n"
+    assert len(folder.classes) == 1000 and capsys.readouterr().err == line
+
+
+@pytest.mark.parametrize("names, num_classes", [([*IMAGENET, "n99999999"], 1000), (IMAGENET, 4)])
+def test_other_folders_and_other_heads_keep_their_numbers(names, num_classes, tmp_path, capsys):
+    folder = numbered(tmp_path, names, num_classes)
+    assert [label for _, label in folder.samples] == list(range(len(names)))
+    assert capsys.readouterr().err == ""
+
+
+def test_an_installed_copy_has_imagenets_ids():
+    ids = models.IMAGENET_IDS.read_text().split()
+    assert len(set(ids)) == 1000 and ids == sorted(ids)
+    pyproject = (models.IMAGENET_IDS.parent.parent / "pyproject.toml").read_text()
+    assert f'package-data = {{ ltmp_extras = ["{models.IMAGENET_IDS.name}"] }}' in pyproject
 
 
 def test_image_folder_says_what_is_wrong(tmp_path):

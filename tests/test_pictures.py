@@ -62,7 +62,8 @@ def write_thresholds(folder, **changes):
 @pytest.mark.parametrize("grid", [3, 6])
 def test_each_token_holds_the_patches_whose_sizes_add_up_to_its_own(method, grid):
     torch.manual_seed(grid)
-    config = ltmp.ViTConfig(2 * grid, 2, dim=24, depth=4, heads=3, num_classes=7)
+    P = grid // 3
+    config = ltmp.ViTConfig(2 * grid, 2, dim=24, depth=4, heads=3, num_classes=7, prefix_tokens=P)
     model = ltmp.LTMPViT(config, method, r=3 if method in ("tome", "topk") else None).eval()
     for block in model.blocks:
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.5)
@@ -83,18 +84,18 @@ def test_each_token_holds_the_patches_whose_sizes_add_up_to_its_own(method, grid
         dropping_logits, dropping_kept = model(images)
     torch.testing.assert_close(logits, dropping_logits, rtol=1e-4, atol=1e-4)
     assert torch.equal(kept, dropping_kept)
-    assert held_by.shape == (4, 4, config.num_tokens - 1)
+    assert held_by.shape == (4, 4, config.num_tokens - P)
     for depth, tokens in enumerate(blocks):
         for i, positions in enumerate(held_by[depth]):
             size = tokens.size[tokens.rows[i, tokens.live[i]]]
             found = torch.zeros_like(size)
-            found[0] = start[i, 0]
-            found.index_add_(0, positions[positions >= 0], start[i, 1:][positions >= 0])
+            found[:P] = start[i, :P]
+            found.index_add_(0, positions[positions >= 0], start[i, P:][positions >= 0])
             torch.testing.assert_close(found, size, rtol=1e-5, atol=0)
     # The case says something: what the method does has happened.
     steps = ltmp.METHODS[method]
     assert (held_by[-1] < 0).any() == ("prune" in steps)
-    assert (kept[-1] < (held_by[-1] >= 0).sum(1) + 1).any() == ("merge" in steps)
+    assert (kept[-1] < (held_by[-1] >= 0).sum(1) + P).any() == ("merge" in steps)
 
 
 def test_a_trace_leaves_no_hooks():
@@ -196,7 +197,7 @@ def test_a_strip_shows_every_block(shirt, tmp_path, monkeypatch, capsys):
     main(shirt, "--out", tmp_path / "new" / "out")
     written = tmp_path / "new" / "out" / "shirt_tokens.png"
     assert capsys.readouterr().out.strip() == str(written)
-    [(pixels, holders, kept, _)] = strips
+    [(pixels, holders, kept, _, _)] = strips
     assert np.array_equal(pixels, np.array(Image.open(shirt)))
     sheet = np.array(Image.open(written))
     blocks = [panel[1:] for panel in panels if panel[4:] and panel[4].startswith("block ")]
@@ -212,7 +213,7 @@ def test_a_strip_shows_every_block(shirt, tmp_path, monkeypatch, capsys):
 def test_a_strip_says_what_inference_finds(shirt, tmp_path, monkeypatch):
     strips, thresholds = record(monkeypatch, "strip"), write_thresholds(tmp_path)
     main(shirt, "--out", tmp_path, "--thresholds", thresholds)
-    [(_, _, kept, (heading, note, saved, *guesses))] = strips
+    [(_, _, kept, (heading, note, saved, *guesses), _)] = strips
     model = ltmp.load_thresholds(demo_model(), thresholds)
     batch = models.clean_transform(model.config)(Image.open(shirt).convert("RGB"))[None]
     with torch.inference_mode():
@@ -249,7 +250,7 @@ def test_a_model_without_head_has_a_strip_without_classes(shirt, tmp_path, monke
     strips = record(monkeypatch, "strip")
     headless = ["--model", "headless", "--weights", "none", "--method", "tome", "--r", "2"]
     main(shirt, "--out", tmp_path, *headless)
-    [(_, holders, kept, lines)] = strips
+    [(_, holders, kept, lines, _)] = strips
     assert holders.shape == (2, 16) and kept == [15, 13] and len(lines) == 3
 
 

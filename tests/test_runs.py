@@ -69,6 +69,23 @@ def ctrl_c(r):
 # From end to end
 
 
+def test_part_of_imagenet_is_learned_and_evaluated_by_its_class_numbers(
+    tiny, image_folder, tmp_path
+):
+    root = image_folder(tmp_path / "data", ("n02123045",))
+    model = ltmp.create_model("tiny", "ltmp", num_classes=1000)
+    model.head.bias.data[281] = 100
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    flags = ["--data", root, "--model", "tiny", "--weights", tmp_path / "w.pth", "-b", "4"]
+    run_flags = ["--recipe", "paper", "--no-landing", "--out", tmp_path / "run"]
+    train.main(list(map(str, [*flags, *run_flags])))
+    evaluate.main(list(map(str, [*flags, "--json", tmp_path / "metrics.json"])))
+    with open(tmp_path / "run" / "log.csv") as file:
+        assert [float(row["top1"]) for row in csv.DictReader(file)] == [100]
+    for path in (tmp_path / "run" / "metrics.json", tmp_path / "metrics.json"):
+        assert read(path)["dense_top1"] == 100
+
+
 @pytest.mark.slow
 def test_thresholds_of_a_deit_on_a_folder_of_jpegs(image_folder, tmp_path, capsys):
     root = image_folder(tmp_path / "images", ("a", "b", "c"), 4, (250, 188), ".jpg")

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import ltmp
-from extras import weights
+from extras import models, weights
 
 IMAGE = torch.arange(432.0).sin().view(1, 3, 12, 12)
 
@@ -243,29 +243,149 @@ def test_deit_iii_gives_the_same_logits():
     assert torch.equal(logits(source, layer_scale=True), logits(state, layer_scale=True))
 
 
+REGISTERS = {"prefix_tokens": 5, "layer_scale": True, "num_classes": 0}
+DISTILLED = {"prefix_tokens": 2, "head_tokens": 2}
+
+
+def with_registers(state, name="register_tokens"):
+    """cls_token (1, 5, C) as a class token and registers; positions stay for all of them."""
+    return state | {"cls_token": state["cls_token"][:, :1], name: state["cls_token"][:, 1:]}
+
+
+def with_two_heads(state):
+    """As timm writes a distilled DeiT: the two halves of head.weight, twice, are two heads."""
+    parts = (state["cls_token"][:, :1], state["cls_token"][:, 1:])
+    one, other = (2 * state["head.weight"]).chunk(2, 1)
+    state = state | {"cls_token": parts[0], "dist_token": parts[1], "head.weight": one}
+    return state | {"head_dist.weight": other, "head_dist.bias": state["head.bias"]}
+
+
+def without_positions(state, first, last):
+    """Prefix tokens from first to last - 1 have no position."""
+    positions = state["pos_embed"]
+    return state | {"pos_embed": torch.cat([positions[:, :first], positions[:, last:]], 1)}
+
+
+@pytest.mark.parametrize("first", [0, 1, 5])
+@pytest.mark.parametrize("name", ["reg_token", "register_tokens", "embeddings.register_tokens"])
+def test_registers_are_prefix_tokens(name, first):
+    """Positions are there for all tokens, for the class token and patches, or for patches alone."""
+    state = random_state(**REGISTERS)
+    state["pos_embed"][:, first:5] = 0
+    source = without_positions(with_registers(state, name), first, 5)
+    if name.startswith("embeddings."):
+        source = with_prefix("dinov2_with_registers.", as_dinov2_of_hugging_face(source))
+    assert torch.equal(logits(source, **REGISTERS), logits(state, **REGISTERS))
+    resized = load(source, make_model(image_size=20, **REGISTERS)).pos_embed
+    assert resized.shape[1] == 30 and torch.equal(resized[:, :5], state["pos_embed"][:, :5])
+
+
+def test_the_two_heads_of_a_distilled_deit_are_averaged():
+    state = random_state(**DISTILLED)
+    source = with_two_heads(state) | {"head_dist.bias": torch.arange(5.0)}
+    features = logits(source, **DISTILLED | {"num_classes": 0}).chunk(2, 1)
+    heads = [
+        torch.nn.functional.linear(x, source[f"{head}.weight"], source[f"{head}.bias"])
+        for head, x in zip(("head", "head_dist"), features, strict=True)
+    ]
+    torch.testing.assert_close(logits(source, **DISTILLED), (heads[0] + heads[1]) / 2)
+    hugging_face = rename(
+        as_hugging_face(source, "deit."),
+        [
+            (r"deit.dist_token", "deit.embeddings.distillation_token"),
+            (r"deit.head_dist", "distillation_classifier"),
+            (r"^classifier", "cls_classifier"),
+        ],
+    )
+    assert torch.equal(logits(hugging_face, **DISTILLED), logits(source, **DISTILLED))
+
+
+def test_what_does_not_fit_together_is_refused_in_one_line():
+    state = with_two_heads(random_state(**DISTILLED))
+    for change in ({"dist_token": torch.zeros(1)}, {"head_dist.weight": torch.zeros(3, 3)}):
+        assert "do not fit together" in refusal(state | change)
+    del state["head_dist.bias"]
+    assert "do not fit together" in refusal(state)
+
+
+def test_another_number_of_prefix_tokens_is_refused():
+    for options, found in ((REGISTERS, 5), (DISTILLED, 2)):
+        with pytest.raises(ValueError, match=f"the weights have {found}, the model has 1 prefix"):
+            load(random_state(**options), make_model())
+
+
+# What timm 1.0.31 gives for IMAGE with the weights of sine_state.
+TIMM = {
+    "deit3": ({"layer_scale": True}, [-0.76553, 0.43712, 0.06425, -2.11425, 1.47298]),
+    "distilled": (DISTILLED, [-0.95147, -2.76928, 0.61351, -0.83752, -0.95393]),
+    "registers": (REGISTERS | {"num_classes": 5}, [-0.82918, 0.71958, 0.08731, -2.29521, 1.47352]),
+}
+
+
+def sine_state(**changes):
+    state = make_model(**changes).state_dict()
+    for name, value in state.items():
+        numbers = torch.arange(value.numel(), dtype=torch.float64).square() * 0.37 + len(name)
+        state[name] = numbers.sin().float().view_as(value) / 2
+    return state
+
+
+def as_timm(kind):
+    options, _ = TIMM[kind]
+    state, P = sine_state(**options), options.get("prefix_tokens", 1)
+    if kind == "distilled":
+        return with_two_heads(state)
+    state = without_positions(state, 0, P)
+    return with_registers(state, "reg_token") if P > 1 else state
+
+
+@pytest.mark.parametrize("kind", TIMM)
+def test_timm_gives_the_same_logits(kind):
+    options, recorded = TIMM[kind]
+    found = logits(as_timm(kind), **options)[0]
+    torch.testing.assert_close(found, torch.tensor(recorded), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "name, kind",
     [
-        ("dist_token", "a distilled DeiT"),
-        ("deit.embeddings.distillation_token", "a distilled DeiT"),
-        ("reg_token", "register tokens"),
-        ("register_tokens", "register tokens"),
-        ("embeddings.register_tokens", "register tokens"),
         ("fc_norm.weight", "mean of the patches"),
+        ("attn_pool.kv.weight", "pools the patches by attention"),
         ("blocks.0.attn.q_norm.weight", "normalizes its queries"),
+        ("blocks.0.attn.k_norm.weight", "normalizes its queries"),
+        ("norm_pre.weight", "a norm before its first block"),
+        ("blocks.0.attn.relative_position_bias_table", "relative positions"),
+        ("blocks.0.mlp.w12.weight", "a gated MLP"),
     ],
 )
 def test_other_kinds_of_models_are_named(name, kind, tmp_path):
     torch.save(random_state() | {name: torch.zeros(1)}, tmp_path / "w.pth")
     message = refusal(tmp_path / "w.pth")
-    assert kind in message and "one class token and nothing else in front" in message
-    assert "w.pth" in message and name.removeprefix("deit.") in message
+    assert kind in message and "only a plain ViT that classifies by its class token" in message
+    assert "w.pth" in message and name in message
 
 
-def test_a_model_without_class_token_is_named():
+@pytest.mark.parametrize(
+    "name, kind",
+    [("cls_token", "without a class token"), ("pos_embed", "without learned positions")],
+)
+def test_a_model_without_what_every_vit_has_is_named(name, kind):
     state = random_state()
-    del state["cls_token"]
-    assert "without a class token" in refusal(state)
+    del state[name]
+    assert kind in refusal(state)
+
+
+@pytest.mark.parametrize("average", ["model_ema", "state_dict_ema"])
+def test_an_average_is_named_when_it_is_loaded(average, tmp_path, capsys):
+    state, path = random_state(), tmp_path / "w.pth"
+    plain = {average.removesuffix("_ema"): other(state)}
+    for saved in (plain | {average: state}, {average: state}, plain):
+        torch.save(saved, path)
+        found = models.read_weights("tiny", str(path))
+        is_average = average in saved
+        assert torch.equal(found["norm.weight"], state["norm.weight"]) == is_average
+        line = f"note: the weights are the average that {path} holds as {average}\n"
+        assert capsys.readouterr().err == line * is_average
 
 
 def test_a_prefix_of_some_names_is_not_stripped():
