@@ -5,9 +5,11 @@
 Training: the gradient is written out. Autograd would keep and walk through (B, H, N, N) several
 times more; here one such tensor is kept, of the keys that are alive. On a CPU a few images are
 taken at a time, so that they stay in the cache. Inference: on a CPU no needless copy of the
-logits; elsewhere all images at once, padded to the longest.
+logits; on a GPU the kernel of triton_attention.py; without Triton all images at once, padded to the
+longest.
 """
 
+import functools
 import math
 
 import torch
@@ -20,7 +22,7 @@ from torch.autograd.function import once_differentiable
 def ragged_attention(qkv, size, counts):
     """ltmp.ragged_attention: qkv (T, 3, H, D), size (T,), counts (B,) -> (T, H, D), (T,)."""
     if qkv.device.type != "cpu":
-        return padded_attention(qkv, size, counts)
+        return gpu_attention()(qkv, size, counts)
     counts = counts.tolist()
     outs, importances = [], []
     for qkv_i, log_size in zip(qkv.split(counts), size.log().split(counts), strict=True):
@@ -30,6 +32,16 @@ def ragged_attention(qkv, size, counts):
         outs.append((attn.to(v.dtype) @ v).transpose(0, 1))  # (n, H, D)
         importances.append(mean_of_rows(attn.flatten(0, 1)))  # (n,)
     return torch.cat(outs), torch.cat(importances)
+
+
+@functools.cache
+def gpu_attention():
+    """The kernel, or what there is without Triton."""
+    try:
+        from . import triton_attention
+    except ImportError:
+        return padded_attention
+    return triton_attention.ragged_attention
 
 
 def softmax(logits):

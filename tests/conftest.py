@@ -1,11 +1,17 @@
 """What several test files share: models of a few tokens, and folders of images."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import ltmp
+
+# Without a GPU Triton's kernels run in its interpreter. Triton looks when it is imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # 17 tokens.
 TINY = ltmp.ViTConfig(image_size=28, patch_size=7, dim=16, depth=2, heads=2, num_classes=10)
