@@ -178,10 +178,11 @@ def r_gradient(model, images, thresholds):
 def steer(kl_by_rank, r_by_rank, distance, learned):
     """What to subtract from the ranks (n,): where the KL rises while r stays, and back to r.
 
-    kl_by_rank, r_by_rank (n,): gradients. distance: r - target; from 0.02 on, the way back has full
-    length, since batches differ by 0.01 by chance. learned (n,): ranks that may move.
+    kl_by_rank, r_by_rank (n,): gradients. distance: r - target; at 0.01, by which batches differ by
+    chance, the way back is as long as the way down, and from 0.03 on three times as long. learned
+    (n,): ranks that may move.
     """
     up = F.normalize(r_by_rank * learned, dim=0)  # (n,)
     kl_by_rank = kl_by_rank * learned
     along = kl_by_rank - (kl_by_rank @ up) * up
-    return F.normalize(along, dim=0) + min(max(distance / 0.02, -1), 1) * up
+    return F.normalize(along, dim=0) + min(max(distance / 0.01, -3), 3) * up
