@@ -217,9 +217,9 @@ def per_channel(*triples):
 class ImageFolder(torch.utils.data.Dataset):
     """Images under root/CLASS/**, classes and files in the order of torchvision's ImageFolder.
 
-    .classes: sorted names of the folders; .samples: (path, class index). Folders whose name starts
-    with a dot are left out. Raises ValueError where root is no folder, has no class folders, or a
-    class has no images.
+    .classes: sorted names of the folders; .samples: (path, class index); .passed_over: how many
+    files are of no type in EXTENSIONS. Files and folders whose name starts with a dot are left out.
+    Raises ValueError where root is no folder, has no class folders, or a class has no images.
     """
 
     def __init__(self, root, transform=None):
@@ -231,9 +231,10 @@ class ImageFolder(torch.utils.data.Dataset):
         if not self.classes:
             raise ValueError(f"{root} has no class folders: it must hold one folder per class")
         self.transform = transform
-        self.samples = []
+        self.samples, self.passed_over = [], 0
         for index, name in enumerate(self.classes):
-            paths = image_paths(root / name)
+            paths, others = image_paths(root / name)
+            self.passed_over += others
             if not paths:
                 raise ValueError(f"{root / name} holds no images ({' '.join(EXTENSIONS)})")
             self.samples += [(path, index) for path in paths]
@@ -250,10 +251,13 @@ class ImageFolder(torch.utils.data.Dataset):
 
 
 def image_paths(top):
-    """Paths of the images under a class folder. Links are followed, but no folder is read twice."""
+    """The images under a class folder, and how many other files there are.
+
+    Links are followed, but no folder is read twice.
+    """
     # A link to a folder around this one would lead back here and to the other classes.
     seen = {*top.resolve().parents, *(top.parent.resolve() / top.name).parents}
-    found = []
+    found, others = [], 0
     for folder, subfolders, files in os.walk(top, followlinks=True):
         real = Path(folder).resolve()
         if real in seen:
@@ -261,8 +265,11 @@ def image_paths(top):
             continue
         seen.add(real)
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        found.append((folder, sorted(name for name in files if name.lower().endswith(EXTENSIONS))))
-    return [os.path.join(folder, name) for folder, names in sorted(found) for name in names]
+        files = sorted(name for name in files if not name.startswith("."))
+        images = [name for name in files if name.lower().endswith(EXTENSIONS)]
+        others += len(files) - len(images)
+        found.append((folder, images))
+    return [os.path.join(folder, name) for folder, names in sorted(found) for name in names], others
 
 
 class FashionMNIST(torch.utils.data.Dataset):

@@ -183,7 +183,7 @@ class MaskedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, size, mask):
         """q, k, v (B, H, N, D), size, mask (B, N) -> out (B, H, N, D), importance (B, N)."""
-        ctx.parts = parts_of(mask.sum(1).int().tolist(), mask.device)
+        ctx.parts = parts_of((mask > 0).sum(1).tolist(), mask.device)
         B, H, N, D = q.shape
         out, importance = q.new_empty(B, N, H, D).transpose(1, 2), torch.zeros_like(size)
         kept = []

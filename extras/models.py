@@ -178,8 +178,13 @@ def clean_transform(config):
 
 
 def open_split(args, split):
-    """data.open_split as the flags say."""
-    return data.open_split(args.data, split, None, args.val_fraction, args.seed)
+    """data.open_split as the flags say; files that are no images are counted in one line."""
+    dataset = data.open_split(args.data, split, None, args.val_fraction, args.seed)
+    count = getattr(dataset, "passed_over", 0)
+    if count:
+        types = " ".join(data.EXTENSIONS)
+        runtime.say(f"note: {count} files beside the {split} images are none of {types}")
+    return dataset
 
 
 def open_both(args):

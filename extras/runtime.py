@@ -350,15 +350,17 @@ class Loader(torch.utils.data.DataLoader):
     def __init__(self, dataset, skip, **options):
         super().__init__(data.Readable(dataset), collate_fn=data.collate, **options)
         self.skip = skip
+        self.speaker = processes()[0]
         self.bad = {}
 
     def __iter__(self):
         for images, labels, bad in super().__iter__():
             if bad and not self.skip:
                 first = next(iter(bad.values()))
-                stop(f"{first}; --skip-bad-images goes on without it", speaker=processes()[0])
+                stop(f"{first}; --skip-bad-images goes on without it", speaker=self.speaker)
             self.bad |= bad
-            yield images, labels
+            # A worker's tensor keeps a file open as long as it is kept, and labels often are.
+            yield images, labels.clone()
 
 
 def make_loader(dataset, args, device, **options):
@@ -393,6 +395,7 @@ def load_images(dataset, args, device, count=512):
     """
     limited = data.subset(dataset, args.limit_train)
     loader = make_loader(data.sample(limited, count, args.seed), args, device, batch_size=64)
+    loader.speaker = 0
     batches = [images for images, _ in loader if len(images)]
     if not batches:
         stop(f"none of {len(limited)} training images could be read")

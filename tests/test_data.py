@@ -6,6 +6,7 @@ import random
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL
@@ -335,6 +336,18 @@ def test_links_are_followed_but_no_folder_is_read_twice(tmp_path):
         os.symlink(target, root / link)
     expected = ["a/0.png", "a/deep/1.png", "b/2.png", "b/to_more/3.png", "c/3.png"]
     assert names(data.ImageFolder(root), root) == expected
+
+
+def test_files_of_other_types_are_counted_in_one_line(tmp_path, capsys):
+    save_images(tmp_path, "train/a/0.png", "val/a/0.png", "val/a/deep/1.png", "val/a/._0.png")
+    for name in ("a/2.heic", "a/deep/3.avif", "a/.DS_Store"):
+        (tmp_path / "val" / name).touch()
+    args = SimpleNamespace(data=str(tmp_path), val_fraction=None, seed=0)
+    train_set, val_set = models.open_both(args)
+    assert (len(train_set), len(val_set), val_set.passed_over) == (1, 2, 2)
+    said = capsys.readouterr().err.splitlines()
+    types = " ".join(data.EXTENSIONS)
+    assert said == [f"note: 2 files beside the val images are none of {types}"]
 
 
 def test_hidden_folders_are_left_out(tmp_path):

@@ -240,6 +240,22 @@ def test_interrupted_runs_end_as_whole_ones(tiny, tmp_path, monkeypatch, capsys,
         assert learned(f"d{number}", "--resume") == whole
 
 
+def test_a_second_ctrl_c_ends_at_once(tiny, tmp_path, monkeypatch, capsys):
+    def twice(r):
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        raise KeyboardInterrupt
+
+    flags = [*TINY_RUN, "--recipe", "paper", "--out", str(tmp_path)]
+    at_step(monkeypatch, train, 3, twice)
+    with pytest.raises(SystemExit) as end:
+        runtime.run_main(partial(train.main, flags))
+    assert end.value.code == 130
+    assert "stopped; train.py --resume goes on" in capsys.readouterr().err
+    assert (tmp_path / "log.csv").read_text().count("\n") == 3
+
+
 def test_resuming_with_other_settings_or_nothing_is_refused(tiny, tmp_path, capsys):
     flags = [*TINY_RUN, "--recipe", "paper", "--resume", "--out"]
     stopped(train.main, [*flags, tmp_path])
@@ -248,6 +264,50 @@ def test_resuming_with_other_settings_or_nothing_is_refused(tiny, tmp_path, caps
     capsys.readouterr()
     stopped(train.main, [*flags, tmp_path, "--target", "0.5"])
     assert "target = 0.75, not 0.5" in capsys.readouterr().err
+
+
+def test_a_run_saved_without_a_scaler_goes_on_in_float16_and_back(tiny, tmp_path, monkeypatch):
+    flags = [*TINY_RUN, "--recipe", "paper", "--out", str(tmp_path)]
+    for number, half in ((2, False), (5, True), (None, False)):
+        with monkeypatch.context() as until:
+            if half:
+                in_float16(until)
+            more = ["--resume"] if (tmp_path / "last.pt").exists() else []
+            if number is None:
+                train.main([*flags, *more])
+                break
+            at_step(until, train, 3, ctrl_c)
+            stopped(train.main, [*flags, *more], 130)
+        saved = torch.load(tmp_path / "last.pt", weights_only=True)
+        assert bool(saved["scaler"]) == half
+    assert (tmp_path / "log.csv").read_text().count("\n") == 9
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_last_pt_does_not_grow(tiny, tmp_path, monkeypatch, recipe):
+    monkeypatch.setattr(run, "SAVE_EVERY", 0)
+    sizes, save = [], run.Run.save
+
+    def save_and_look(self):
+        save(self)
+        sizes.append((tmp_path / "last.pt").stat().st_size)
+
+    monkeypatch.setattr(run.Run, "save", save_and_look)
+    train.main([*TINY_RUN, "--recipe", recipe, "--epochs", "8", "--out", str(tmp_path)])
+    # The optimizer begins to keep its state in the first step; numbers may take a byte more.
+    assert len(sizes) > 30 and max(sizes[1:]) - min(sizes[1:]) < 100
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_only_the_images_of_limit_train_are_read(image_folder, tiny, tmp_path, monkeypatch, recipe):
+    folder = image_folder(tmp_path / "images")
+    opened, open_image = set(), data.open_image
+    monkeypatch.setattr(data, "open_image", lambda *a: (opened.add(a[0]), open_image(*a))[1])
+    flags = [*TINY_MODEL, "--data", str(folder), "--workers", "0", "--recipe", recipe]
+    train.main([*flags, "--limit-train", "3", "--epochs", "2", "--out", str(tmp_path / "out")])
+    samples = data.ImageFolder(folder / "train").samples
+    wanted = {samples[i][0] for i in data.evenly(len(samples), 3)}
+    assert {path for path in opened if f"{os.sep}train{os.sep}" in str(path)} == wanted
 
 
 @pytest.mark.parametrize("damage", ["cut", "foreign", "text"])
@@ -599,6 +659,23 @@ def test_what_is_not_finite_is_never_learned_from(tiny, tmp_path, monkeypatch, c
         assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_features_that_are_nan_are_one_line(tiny, tmp_path, monkeypatch, capsys, recipe):
+    embed, steps = ltmp.LTMPViT.embed, []
+
+    def broken(model, images, drop):
+        tokens = embed(model, images, drop)
+        # Only a training step of the reduced model keeps the dead in batches of two.
+        steps.extend([1] * (not drop and len(images) == 2))
+        if len(steps) >= 3 and not drop:
+            tokens.x = tokens.x * math.nan
+        return tokens
+
+    monkeypatch.setattr(ltmp.LTMPViT, "embed", broken)
+    stopped(train.main, [*TINY_RUN, "--recipe", recipe, "--out", tmp_path], 1)
+    assert "last.pt holds the state before it" in capsys.readouterr().err.splitlines()[-1]
+
+
 def infinite(gradient):
     return gradient * math.inf
 
@@ -753,6 +830,41 @@ def test_two_processes_leave_out_the_same_bad_images_as_one(
     for said in (capsys.readouterr().err, (tmp_path / "said").read_text()):
         assert "7 images were left out" in said
         assert [said.count(f"cannot read the image {path}:") for path in bad] == [1] * 7
+
+
+@pytest.mark.parametrize("method", ["ltmp", "dense"])
+def test_a_bad_image_of_one_process_ends_both(image_folder, tiny, tmp_path, method):
+    folder = image_folder(tmp_path / "images")
+    first = data.epoch_batches(8, 4, epoch=0, seed=0)[0]
+    # Of the second process.
+    bad = data.ImageFolder(folder / "train").samples[first[1]][0]
+    Path(bad).write_bytes(b"no image")
+    flags = [*TINY_MODEL, "--data", str(folder), "--recipe", "paper", "--workers", "0", "-b", "2"]
+    flags += ["--method", method, "--out", str(tmp_path / "out")]
+    codes = two_processes(flags, tmp_path / "said")
+    said = (tmp_path / "said").read_text()
+    assert 2 in codes and 0 not in codes, (codes, said)
+    assert said.count(f"cannot read the image {bad}:") == 1 and "Traceback" not in said
+
+
+MANY_BATCHES = """
+import resource
+from types import SimpleNamespace
+import torch
+from extras import runtime
+
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+items = torch.utils.data.TensorDataset(torch.zeros(200, 1), torch.arange(200))
+args = SimpleNamespace(workers=1, skip_bad_images=False)
+loader = runtime.make_loader(items, args, torch.device("cpu"), batch_size=1)
+kept = [labels for _, labels in loader]
+print(torch.cat(kept).sum().item())
+"""
+
+
+def test_labels_that_are_kept_keep_no_files_open():
+    done = subprocess.run([sys.executable, "-c", MANY_BATCHES], capture_output=True, text=True)
+    assert done.stdout.strip() == str(sum(range(200))), done.stderr
 
 
 def test_where_every_image_is_bad_it_says_so(image_folder, tiny, tmp_path, capsys):
