@@ -117,7 +117,7 @@ def main(argv=None):
     train_set.transform = val_set.transform = models.clean_transform(model.config)
     if args.method != "dense":
         images = runtime.load_images(train_set, args, device)  # (512, 3, S, S)
-    transform = augmentation(train_set, model.config)
+    transform = augmentation(train_set, model.config, args.recipe)
     augmented = data.Augmented(train_set, transform, args.seed, args.limit_train)
     try:
         if args.recipe == "adaptive":
@@ -143,12 +143,15 @@ def main(argv=None):
     runtime.say_skipped(run.skipped | bad)
 
 
-def augmentation(train_set, config):
-    """timm's default augmentation; for Fashion-MNIST, whose objects fill the image, a flip."""
-    if isinstance(train_set, data.FashionMNIST):
-        options = {"scale": (1, 1), "jitter": 0}
-    else:
-        options = {}
+def augmentation(train_set, config, recipe):
+    """timm's default; where objects must keep their size, crops as large as validation's, flipped.
+
+    Zoomed images merge more easily. So the adaptive recipe sees images as landing does. The objects
+    of Fashion-MNIST fill the image.
+    """
+    options = {}
+    if recipe == "adaptive" or isinstance(train_set, data.FashionMNIST):
+        options = {"scale": (config.crop_pct**2,) * 2, "jitter": 0}
     return data.train_transform(config.image_size, config.mean, config.std, **options)
 
 

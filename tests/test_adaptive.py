@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import data
 import ltmp
@@ -195,3 +196,19 @@ def test_the_gradient_of_r_is_near_its_differences(method, cosine):
         differences.append((found[0] - found[1]) / (ends[0] - ends[1]))
     # steer takes the direction alone.
     assert F.cosine_similarity(slopes, torch.tensor(differences), dim=0) > cosine
+
+
+@pytest.mark.parametrize("recipe, scale", [("adaptive", (0.81, 0.81)), ("paper", (0.08, 1))])
+def test_learning_sees_objects_as_large_as_landing_does(recipe, scale):
+    transform = train.augmentation(None, ltmp.VARIANTS["deit_small_patch16_224"], recipe)
+    image = Image.new("RGB", (300, 300))
+    areas = []
+
+    def crop(size, share, rng):
+        areas.append(share)
+        return 0, 0, 300, 300
+
+    with pytest.MonkeyPatch.context() as until:
+        until.setattr(data, "random_crop", crop)
+        transform(image)
+    assert areas[0] == pytest.approx(scale)
