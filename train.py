@@ -251,7 +251,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.tau == 0:
         parser.error("--tau must be above 0: at 0 there is no gradient")
-    args.model = models.default_model(args)
+    try:
+        models.settle_model(args)
+    except ValueError as error:
+        parser.error(str(error))
     published = args.model.endswith("patch16_224") and args.image_size in (None, 224)
     args.recipe = args.recipe or ("paper" if published or args.method == "dense" else "adaptive")
     args.batch_size = args.batch_size or (32 if args.recipe == "adaptive" else 128)

@@ -197,7 +197,8 @@ def choose_model(args):
         return models.chosen_model(args)
     if args.thresholds or args.method in ("tome", "topk"):
         raise ValueError("--share places thresholds itself: leave --thresholds, tome and topk out")
-    name, sizes = models.default_model(args), (args.num_classes, args.image_size)
+    models.settle_model(args)
+    name, sizes = args.model, (args.num_classes, args.image_size)
     state = models.read_weights(name, args.weights)
     return models.build_model(name, args.method or "ltmp", state, 0.1, None, *sizes), name
 

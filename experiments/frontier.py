@@ -208,7 +208,10 @@ def parse_args(argv):
     add("--limit-train", type=number, metavar="N", help="learn on N images, evenly spread")
     add("--recipe", choices=("paper", "adaptive"), help="how to learn (default: as train.py)")
     args = parser.parse_args(argv)
-    args.model = models.default_model(args)
+    try:
+        models.settle_model(args)
+    except ValueError as error:
+        parser.error(str(error))
     return args
 
 

@@ -68,9 +68,24 @@ def threshold_flags(parser):
     )
 
 
-def default_model(args):
-    """The name of the model that the flags ask for."""
-    return args.model or ("deit_small_patch16_224" if args.data else "demo")
+def settle_model(args):
+    """Fill in --model, and --image-size where --weights is a last.pt that knows it.
+
+    Returns the flags with which train.py wrote that file, {} for other files. Raises ValueError
+    where --model is not the file's.
+    """
+    known = weights.read_settings(args.weights) if args.weights else {}
+    name = known.get("model")
+    if name and args.model not in (None, name):
+        raise ValueError(f"{args.weights} is of the model {name}: leave out --model {args.model}")
+    args.model = args.model or name or ("deit_small_patch16_224" if args.data else "demo")
+    if args.image_size is None:
+        args.image_size = known.get("image_size")
+    elif name:
+        size = known["image_size"] or ltmp.VARIANTS[args.model].image_size
+        if size != args.image_size:
+            runtime.say(f"note: {args.weights} was learned at {size} pixels, not {args.image_size}")
+    return known
 
 
 def read_weights(name, source):
@@ -111,9 +126,10 @@ def with_method(model, method):
 
 def chosen_model(args):
     """The model that model_flags and threshold_flags ask for, and its name. Raises ValueError."""
-    name = default_model(args)
+    known = settle_model(args)
+    name, image_size, found = args.model, args.image_size, None
     state = read_weights(name, args.weights)
-    method, image_size, found = args.method, args.image_size, None
+    method = args.method or (None if args.thresholds else known.get("method"))
     if method in ("tome", "topk") and not args.r:
         raise ValueError(f"--method {method} needs --r, the tokens to remove per block")
     if args.r and method not in ("tome", "topk"):

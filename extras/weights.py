@@ -236,6 +236,17 @@ def read_file(path):
         raise ValueError(f"{problem}: {reason}") from None
 
 
+def read_settings(path):
+    """The flags with which train.py wrote a last.pt, as a dict; {} for any other file."""
+    try:
+        # On this device nothing but the names of the weights is kept.
+        found = torch.load(path, map_location="meta", weights_only=True)["settings"]
+        return found if {"model", "method", "image_size"} <= found.keys() else {}
+    # What is wrong with a file is said where its weights are read.
+    except Exception:  # noqa: BLE001
+        return {}
+
+
 def _read_file(path):
     with open(path, "rb") as file:
         start = file.read(32)

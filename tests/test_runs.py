@@ -126,6 +126,28 @@ def test_evaluation_of_what_was_learned_gives_the_same_metrics(tiny, tmp_path):
         assert read(tmp_path / "again.json") == {k: metrics[k] for k in metrics if k != "target"}
 
 
+@pytest.mark.parametrize("method", ["ltpm", "ltm", "dense"])
+def test_last_pt_knows_its_model_size_and_method(tiny, tmp_path, capsys, method):
+    flags = ["--recipe", "paper"] if method == "dense" else []
+    flags += [*TINY_RUN, "--target", "0.9", "--method", method]
+    train.main([*flags, "--image-size", "14", "--out", str(tmp_path)])
+    metrics = read(tmp_path / "metrics.json")
+    last, again = str(tmp_path / "last.pt"), str(tmp_path / "again.json")
+    evaluate.main(["--weights", last, "--limit-val", "10", "--json", again])
+    found = read(again)
+    assert found["model"] == "tiny" and found["method"] == method
+    assert found == {key: metrics[key] for key in metrics if key != "target"}
+
+    capsys.readouterr()
+    stopped(evaluate.main, ["--weights", last, "--model", "deit_tiny_patch16_224"])
+    assert "is of the model tiny: leave out --model deit_tiny" in capsys.readouterr().err
+    evaluate.main(["--weights", last, "--limit-val", "1", "--image-size", "28"])
+    assert "note: " + last + " was learned at 14 pixels, not 28" in capsys.readouterr().err
+    # The next run goes on at that size.
+    train.main([*TINY_RUN[4:], "--target", "0.9", "--weights", last, "--out", str(tmp_path / "b")])
+    assert read(tmp_path / "b" / "thresholds.json")["image_size"] == 14
+
+
 @pytest.mark.parametrize(
     "flags, recipe",
     [
