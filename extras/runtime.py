@@ -4,6 +4,7 @@ import argparse
 import atexit
 import multiprocessing
 import os
+import re
 import signal
 import sys
 import threading
@@ -148,12 +149,31 @@ class Progress:
             print(text, file=sys.stderr, flush=True)
 
 
+# What an error says when the machine gives out, and what to do: the first that fits.
+EXHAUSTED = {
+    "shared memory|shm|Bus error": "/dev/shm is full: make it larger, or load with --workers 0",
+    "CUDA out of memory|OutOfMemoryError": "the GPU's memory is full: take a smaller -b",
+    r"DataLoader worker \(pid": "the system ended a process that loads images, as where memory is "
+    "full: take fewer --workers or a smaller -b",
+    "MemoryError|allocate memory|not enough memory": "memory is full: take a smaller -b",
+    "No space left": "the disk is full, or /dev/shm: make room",
+    "Too many open files": "too many files are open: raise the limit by ulimit -n",
+}
+
+
 def run_main(main):
-    """Run a program; Ctrl-C ends it with one line."""
+    """Run a program. Ctrl-C, and a machine that gives out, end it with one line."""
+    resume = "train.py --resume goes on from the last save, if there is one"
     try:
         main()
     except KeyboardInterrupt:
-        stop("stopped; train.py --resume goes on from the last save, if there is one", 130)
+        stop(f"stopped; {resume}", 130)
+    except (RuntimeError, MemoryError, OSError) as error:
+        text = f"{type(error).__name__}: {error}"
+        advice = next((line for fault, line in EXHAUSTED.items() if re.search(fault, text)), None)
+        if advice is None:
+            raise
+        stop(f"{advice}; {resume}", 1, speaker=processes()[0])
 
 
 class Interrupts:
@@ -410,5 +430,8 @@ def ignore_signals(worker):
 
 def end_workers():
     """At the end of the program, whatever ended it: Python would wait for workers for ever."""
+    # torch would take their end for a failure.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in multiprocessing.active_children():
         worker.kill()

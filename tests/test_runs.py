@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import math
 import multiprocessing
@@ -16,6 +17,7 @@ import sys
 import threading
 import time
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -574,6 +576,7 @@ def test_a_run_in_another_thread_works(tiny, tmp_path):
 # Runs that fail
 
 FAILING = """
+import os
 import sys
 sys.path[:0] = [{root!r}, {tests!r}]
 import data, ltmp, train
@@ -589,8 +592,11 @@ if {where!r} == "model":
     def forward_once(self, *args, **options):
         return fail() if self.training else forward(self, *args, **options)
     ltmp.LTMPViT.forward = forward_once
-else:
+elif {where!r} == "transform":
     data.train_transform = lambda *args, **options: fail
+else:
+    # As the system does where memory is full.
+    data.train_transform = lambda *args, **options: lambda *_, **__: os.kill(os.getpid(), 9)
 if __name__ == "__main__":
     runtime.run_main(lambda: train.main({flags!r}))
 """
@@ -611,8 +617,15 @@ SLOW = pytest.mark.slow
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are counted in /proc")
-@pytest.mark.parametrize("where", ["model", "transform"])
-@pytest.mark.parametrize("workers", [pytest.param(0, marks=SLOW), pytest.param(1, marks=SLOW), 2])
+@pytest.mark.parametrize(
+    "where, workers",
+    [
+        ("model", 2),
+        ("transform", 2),
+        ("killed worker", 2),
+        *[pytest.param(*case, marks=SLOW) for case in product(("model", "transform"), (0, 1))],
+    ],
+)
 def test_a_run_that_fails_never_hangs(tmp_path, where, workers):
     flags = [*TINY_RUN, "--recipe", "paper", "--limit-train", "64", "--workers", str(workers)]
     flags += ["--out", str(tmp_path / "out")]
@@ -636,7 +649,38 @@ def test_a_run_that_fails_never_hangs(tmp_path, where, workers):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     printed = (tmp_path / "said").read_text()
-    assert "Traceback" in printed and "RuntimeError: deep inside" in printed
+    if where == "killed worker":
+        assert "Traceback" not in printed
+        assert "the system ended a process that loads images" in printed.splitlines()[-1]
+    else:
+        assert "Traceback" in printed and "RuntimeError: deep inside" in printed
+
+
+@pytest.mark.parametrize(
+    "error, advice",
+    [
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_1>"), "--workers 0"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--workers 0"),
+        (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "fewer --workers"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory is full"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory is full: take a sm"),
+        (MemoryError(), "memory is full: take a smaller -b"),
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk is full"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
+    ],
+)
+def test_a_machine_that_gives_out_is_one_line(tiny, tmp_path, monkeypatch, capsys, error, advice):
+    def give_out(r):
+        raise error
+
+    at_step(monkeypatch, train, 3, give_out)
+    with pytest.raises(SystemExit) as end:
+        flags = [*TINY_RUN, "--recipe", "paper", "--out", str(tmp_path)]
+        runtime.run_main(partial(train.main, flags))
+    assert end.value.code == 1
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert advice in last and "--resume goes on from the last save" in last
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 0
 
 
 @pytest.mark.parametrize(
