@@ -14,6 +14,7 @@ import importlib.util
 import inspect
 import json
 import logging
+import statistics
 import sys
 import warnings
 from dataclasses import replace
@@ -54,7 +55,7 @@ class OneImage(nn.Module):
     def forward(self, image):
         """image (1, 3, S, S) -> logits (1, num_classes), kept (depth,) int64."""
         if self.with_transform:
-            mean, std = (t[:, None, None] for t in mean_and_std(self.model.config))
+            mean, std = data.per_channel(self.model.config.mean, self.model.config.std)
             image = (image / 255 - mean) / std
         tokens = self.model.embed(image, drop=True)
         kept = []
@@ -63,11 +64,6 @@ class OneImage(nn.Module):
             tokens = with_spare_place(tokens) if block.steps else tokens
             kept.append(tokens.live.sum())
         return self.model.classify(tokens), torch.stack(kept)
-
-
-def mean_and_std(config):
-    """The mean and the standard deviation of each colour, (3,) each."""
-    return torch.tensor(config.mean), torch.tensor(config.std)
 
 
 def with_spare_place(tokens):
@@ -100,21 +96,16 @@ def stable_sort(values, stable=None, dim=-1, descending=False):
 
 def to_onnx(model, metadata, with_transform=False):
     """A model for one image -> the bytes of an ONNX file. metadata: a dict of strings."""
-    with warnings.catch_warnings():
-        # What exporters note about themselves is no news of this model.
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        program = torch.onnx.export(
-            trace(model, with_transform),
-            dynamo=True,
-            verbose=False,
-            input_names=["image"],
-            output_names=["logits", "kept"],
-            custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
-        )
-        logging.disable(logging.NOTSET)
+    program = torch.onnx.export(
+        trace(model, with_transform),
+        dynamo=True,
+        verbose=False,
+        input_names=["image"],
+        output_names=["logits", "kept"],
+        custom_translation_table={torch.ops.aten.sort.stable: stable_sort},
+    )
+    # Stack traces, with the paths of this machine, are not for others.
     for node in program.model.graph:
-        # Stack traces, with the paths of this machine.
         node.metadata_props.clear()
     program.model.metadata_props.update(metadata)
     return program.model_proto.SerializeToString()
@@ -143,7 +134,7 @@ def open_session(content):
 
 def to_pixels(images, config):
     """Normalized images (B, 3, S, S) -> their pixels, uint8."""
-    mean, std = (t[:, None, None] for t in mean_and_std(config))
+    mean, std = data.per_channel(config.mean, config.std)
     return ((images * std + mean) * 255).round().byte()
 
 
@@ -156,17 +147,19 @@ def check(run, model, images, with_transform=False):
     benchmark.check_same("ONNX Runtime and torch", logits, found)
     counts = torch.stack([torch.from_numpy(kept) for _, kept in outputs], 1)  # (depth, B)
     same, last = (counts == kept).all(0).sum(), counts[-1]
-    runtime.say(
-        f"kept tokens are the same for {same} of {len(images)} images; "
-        f"{last.min()} to {last.max()} are left at the end",
-        sys.stdout,
-    )
+    text = f"kept tokens are the same for {same} of {len(images)} images"
+    runtime.say(f"{text}; {last.min()} to {last.max()} are left at the end", sys.stdout)
 
 
-def one_by_one(run, images):
-    """Run on each of the images (B, 3, S, S) alone."""
-    for image in images:
-        run(image[None])
+def measure(what, runs, images, r):
+    """Run functions "dense" and "reduced" in turn on one image after another; print medians."""
+    times = {name: [] for name in runs}
+    for image in images.repeat(7, 1, 1, 1)[:, None]:
+        for name, run in runs.items():
+            times[name].append(benchmark.seconds(partial(run, image), image.device))
+    dense, reduced = (1e3 * statistics.median(times[name]) for name in ("dense", "reduced"))
+    times = f"dense {dense:.1f} ms an image, reduced {reduced:.1f}"
+    runtime.say(f"{what}: {times}; efficiency {dense / reduced * r:.2f} at r {r:.3f}", sys.stdout)
 
 
 def main(argv=None):
@@ -189,34 +182,35 @@ def main(argv=None):
         runtime.stop(f"{', '.join(missing)} missing: pip install -e '.[export]'", 1)
     if "custom_translation_table" not in inspect.signature(torch.onnx.export).parameters:
         runtime.stop(f"the exporter of torch {torch.__version__} is too old; 2.13 will do", 1)
+    # What exporters note about themselves is no news of this model.
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
     try:
         dataset = models.open_split(args, "val")
         model, name = models.chosen_model(args)
         dataset.transform = models.clean_transform(model.config)
-        cpu = torch.device("cpu")
         dataset = data.subset(dataset, args.limit_val)
-        images = benchmark.load_images(dataset, args.check, args, cpu)
+        images = benchmark.load_images(dataset, args.check, args, torch.device("cpu"))
         r = flops_ratio(benchmark.infer(model, images)[1].double(), model.config).item()
-        files = {out: model}
+        files, sessions = {"reduced": (out, model)}, {}
         if args.dense or args.benchmark:
-            files[out.with_suffix(".dense.onnx")] = models.with_method(model, "dense")
-        sessions = []
-        for path, net in files.items():
+            dense = models.with_method(model, "dense")
+            files["dense"] = out.with_suffix(".dense.onnx"), dense
+        for kind, (path, net) in files.items():
             share = r if net is model else 1.0
             content = to_onnx(net, metadata_of(name, net, share), args.with_transform)
-            sessions.append(open_session(content))
-            check(sessions[-1], net, images, args.with_transform)
+            sessions[kind] = open_session(content)
+            check(sessions[kind], net, images, args.with_transform)
             runtime.write_file(path, content)
             runtime.say(f"wrote {path}: {net.method}, r {share:.3f}, one image at a time")
     except ValueError as error:
         runtime.stop(error)
     if args.benchmark:
-        inputs = to_pixels(images, model.config) if args.with_transform else images
-        nets = [partial(benchmark.infer, net) for net in files.values()]
-        for what, batch, runs in (("ONNX", inputs, sessions), ("torch", images, nets)):
-            pairs = zip(("reduced", "dense"), runs, strict=True)
-            pairs = {kind: partial(one_by_one, run, batch) for kind, run in pairs}
-            benchmark.compare(what, batch, pairs, r, 7)
+        threads = torch.get_num_threads()
+        nets = {kind: partial(benchmark.infer, net) for kind, (_, net) in files.items()}
+        measure(f"torch, threads {threads}", nets, images, r)
+        images = to_pixels(images, model.config) if args.with_transform else images
+        measure(f"ONNX Runtime, threads {threads}", sessions, images, r)
 
 
 if __name__ == "__main__":

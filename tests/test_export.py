@@ -11,6 +11,8 @@ import ltmp
 from experiments import benchmark, export
 from extras import models
 
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning")
+
 METHODS = ["ltm", "ltp", "ltpm", "tome", "topk"]
 # Two blocks, so that the second meets what the first left.
 SHAPE = {"image_size": 14, "patch_size": 2, "dim": 32, "depth": 2, "heads": 2, "num_classes": 10}
@@ -63,6 +65,7 @@ def test_a_file_gives_what_the_model_gives(spread_model, method):
     assert torch.equal(counts.float(), kept)
 
 
+@pytest.mark.slow
 def test_nothing_merges_and_the_class_token_alone_is_left(spread_model):
     need()
     model = spread_model(0, "ltmp", **SHAPE)
@@ -98,8 +101,8 @@ def test_the_program_writes_what_it_checked(small, tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert "ONNX Runtime and torch agree: 3 images" in lines[0]
     assert "the same for 3 of 3 images" in lines[1]
-    runs = [line.split()[:3] for line in lines[4:]]
-    assert runs == [[w, "3", run] for w in ("ONNX", "torch") for run in ("reduced", "dense")]
+    assert [line.split(",")[0] for line in lines[4:]] == ["torch", "ONNX Runtime"]
+    assert all("; efficiency " in line for line in lines[4:])
 
     found = {m.key: m.value for m in onnx.load(out).metadata_props}
     assert found["model"] == "demo" and found["method"] == "ltmp"
