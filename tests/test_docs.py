@@ -135,7 +135,7 @@ def test_links_lead_somewhere():
 
 
 PROGRAMS = ["train.py", "evaluate.py", "flops.py"]
-PROGRAMS += [f"-m experiments.{name}" for name in ("pictures", "benchmark", "frontier")]
+PROGRAMS += [f"-m experiments.{name}" for name in ("pictures", "benchmark", "frontier", "export")]
 
 
 def test_every_program_that_is_run_is_looked_at():
