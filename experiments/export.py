@@ -202,7 +202,8 @@ def main(argv=None):
             sessions[kind] = open_session(content)
             check(sessions[kind], net, images, args.with_transform)
             runtime.write_file(path, content)
-            runtime.say(f"wrote {path}: {net.method}, r {share:.3f}, one image at a time")
+            what = f"{net.method}, r {share:.3f}"
+            runtime.say(f"wrote {path}: {what}; one image at a time, for batches use torch")
     except ValueError as error:
         runtime.stop(error)
     if args.benchmark:
