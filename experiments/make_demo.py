@@ -24,7 +24,7 @@ from extras import runtime, weights
 SAVE_EVERY = 60  # seconds
 
 # What must be the same when a run is resumed.
-SETTINGS = ("data", "epochs", "lr", "patch_drop", "batch_size", "seed")
+SETTINGS = ("data", "weights", "epochs", "lr", "patch_drop", "batch_size", "seed")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -58,6 +58,8 @@ def make_vit(args):
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     model = ltmp.create_model("demo", "dense")
+    if args.weights:
+        ltmp.load_weights(model, args.weights)
     config = model.config
     # The clothes are centred and fill the image: of the augmentation only the flip makes sense.
     flip = data.train_transform(config.image_size, config.mean, config.std, (1, 1), jitter=0)
@@ -208,6 +210,7 @@ def parse_args(argv=None):
     add = command.add_argument
     add("--data", metavar="DIR", help="folder with the four *-ubyte.gz files (default: embedded)")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="default: %(default)s")
+    add("--weights", metavar="FILE", help="start from these (default: random weights)")
     add("--epochs", type=runtime.at_least(1), default=20, metavar="N", help="default: %(default)s")
     add("--lr", type=runtime.at_least(0, float), default=2e-3, help="peak (default: %(default)s)")
     add("--patch-drop", type=runtime.at_least(0, float), default=0.67, metavar="SHARE",

@@ -128,6 +128,13 @@ def test_the_vit_learns_from_every_image_and_is_written_in_half_precision(
     assert hits.float().mean() > 0.45
 
 
+def test_training_starts_from_the_weights_that_are_given(small, tmp_path):
+    first = train(tmp_path / "first")
+    path = str(tmp_path / "first" / "vit_demo.pth")
+    again = train(tmp_path / "again", "--weights", path, "--lr", "0")
+    assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
 def test_an_interrupted_run_ends_as_one_that_was_not(small, tmp_path, monkeypatch, capsys):
     expected = train(tmp_path / "whole")
 
