@@ -454,9 +454,13 @@ def test_the_same_call_gives_the_same_bits_on_a_cpu(method):
 
 @pytest.mark.parametrize("attention", [None, fast_attention])
 @pytest.mark.parametrize("drop", [True, False])
-def test_scores_are_float32_under_autocast(drop, attention, monkeypatch):
+@pytest.mark.parametrize("how", ["autocast", torch.bfloat16, torch.float16])
+def test_scores_and_sizes_are_float32_in_half_precision(how, drop, attention, monkeypatch):
     model, images = random_model(4, "ltmp", attention, heads=3, dim=24)
-    scores, masks = [], []
+    dtype = torch.bfloat16 if how == "autocast" else how
+    if how != "autocast":
+        model, images = model.to(dtype), images.to(dtype)
+    scores, masks, sizes = [], [], []
     forward = ThresholdMasker.forward
 
     def spy(self, found):
@@ -470,14 +474,15 @@ def test_scores_are_float32_under_autocast(drop, attention, monkeypatch):
     monkeypatch.setattr(ThresholdMasker, "forward", spy)
     for block in model.blocks:
         block.attn.register_forward_hook(keep_scores)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block.register_forward_hook(lambda block, inputs, tokens: sizes.append(tokens.size))
+    with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
         logits, kept = model(images, drop=drop)
-    assert logits.dtype == torch.bfloat16 and len(masks) == 2 * model.config.depth
+    assert logits.dtype == dtype and len(masks) == 2 * model.config.depth == 2 * len(sizes)
     thresholds = [p for name, p in model.named_parameters() if name.endswith("threshold")]
-    assert {t.dtype for t in [kept, *scores, *masks, *thresholds]} == {torch.float32}
+    assert {t.dtype for t in [kept, *scores, *masks, *sizes, *thresholds]} == {torch.float32}
     for found in scores:
-        # Rounding to bfloat16 would change most: they are more than stored in float32.
-        changed = found != found.bfloat16().float()
+        # Rounding to half precision would change most: they are more than stored in float32.
+        changed = found != found.to(dtype).float()
         assert not found.numel() or changed.float().mean() > 0.5
     assert sum(len(found) for found in scores) > 100
 
