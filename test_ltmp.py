@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import flops
@@ -450,6 +452,34 @@ def test_the_same_call_gives_the_same_bits_on_a_cpu(method):
         grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
         found.append([loss.detach(), *grads, model.eval()(images)[0].detach()])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+class Operations(TorchDispatchMode):
+    """Counts operations, views left out, and those for which a CPU must wait for its GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+        self.count += not function.is_view and name != "_unsafe_view"
+        self.waits += by_mask or name in ("nonzero", "_local_scalar_dense")
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_block_needs_few_operations_in_inference():
+    # On a GPU attention is one kernel; here it is none, so all that is counted is of ltmp.py.
+    kernel = SimpleNamespace(
+        masked_attention=None, ragged_attention=lambda qkv, size, counts: (qkv[:, 2], size)
+    )
+    model, images = random_model(4, "ltmp", kernel)
+    tokens = model.embed(images, drop=True)
+    with Operations() as operations:
+        model.blocks[0](tokens, kernel)
+    assert operations.count <= 86 and operations.waits <= 3
 
 
 @pytest.mark.parametrize("attention", [None, fast_attention])
