@@ -99,6 +99,9 @@ VARIANTS = {
     "vit_small_patch16_224": AUGREG_S,
     "vit_base_patch16_224": replace(AUGREG_S, dim=768, heads=12),
     "vit_large_patch16_224": replace(AUGREG_S, dim=1024, depth=24, heads=16),
+    "vit_large_patch16_384": replace(
+        AUGREG_S, dim=1024, depth=24, heads=16, image_size=384, crop_pct=1.0
+    ),
     "vit_small_patch14_dinov2": DINOV2_S,
     "vit_small_patch14_reg4_dinov2": replace(DINOV2_S, prefix_tokens=5),
     # Fashion-MNIST in patches of 2 x 2 pixels: the token grid of DeiT at 224 pixels.

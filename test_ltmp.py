@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import flops
@@ -452,11 +454,43 @@ def test_the_same_call_gives_the_same_bits_on_a_cpu(method):
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
+class Operations(TorchDispatchMode):
+    """Counts operations, views left out, and those for which a CPU must wait for its GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = self.waits = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+        self.count += not function.is_view and name != "_unsafe_view"
+        self.waits += by_mask or name in ("nonzero", "_local_scalar_dense")
+        return function(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_a_block_needs_few_operations_in_inference():
+    # On a GPU attention is one kernel; here it is none, so all that is counted is of ltmp.py.
+    kernel = SimpleNamespace(
+        masked_attention=None, ragged_attention=lambda qkv, size, counts: (qkv[:, 2], size)
+    )
+    model, images = random_model(4, "ltmp", kernel)
+    tokens = model.embed(images, drop=True)
+    with Operations() as operations:
+        model.blocks[0](tokens, kernel)
+    assert operations.count <= 86 and operations.waits <= 3
+
+
 @pytest.mark.parametrize("attention", [None, fast_attention])
 @pytest.mark.parametrize("drop", [True, False])
-def test_scores_are_float32_under_autocast(drop, attention, monkeypatch):
+@pytest.mark.parametrize("how", ["autocast", torch.bfloat16, torch.float16])
+def test_scores_and_sizes_are_float32_in_half_precision(how, drop, attention, monkeypatch):
     model, images = random_model(4, "ltmp", attention, heads=3, dim=24)
-    scores, masks = [], []
+    dtype = torch.bfloat16 if how == "autocast" else how
+    if how != "autocast":
+        model, images = model.to(dtype), images.to(dtype)
+    scores, masks, sizes = [], [], []
     forward = ThresholdMasker.forward
 
     def spy(self, found):
@@ -470,14 +504,15 @@ def test_scores_are_float32_under_autocast(drop, attention, monkeypatch):
     monkeypatch.setattr(ThresholdMasker, "forward", spy)
     for block in model.blocks:
         block.attn.register_forward_hook(keep_scores)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block.register_forward_hook(lambda block, inputs, tokens: sizes.append(tokens.size))
+    with torch.autocast("cpu", dtype=dtype, enabled=how == "autocast"):
         logits, kept = model(images, drop=drop)
-    assert logits.dtype == torch.bfloat16 and len(masks) == 2 * model.config.depth
+    assert logits.dtype == dtype and len(masks) == 2 * model.config.depth == 2 * len(sizes)
     thresholds = [p for name, p in model.named_parameters() if name.endswith("threshold")]
-    assert {t.dtype for t in [kept, *scores, *masks, *thresholds]} == {torch.float32}
+    assert {t.dtype for t in [kept, *scores, *masks, *sizes, *thresholds]} == {torch.float32}
     for found in scores:
-        # Rounding to bfloat16 would change most: they are more than stored in float32.
-        changed = found != found.bfloat16().float()
+        # Rounding to half precision would change most: they are more than stored in float32.
+        changed = found != found.to(dtype).float()
         assert not found.numel() or changed.float().mean() > 0.5
     assert sum(len(found) for found in scores) > 100
 

@@ -10,6 +10,11 @@ Four executions run in turn in one process, on validation images:
     reduced    the model, with the attention of extras/fast_attention.py
     plain      the model, with the attention of ltmp.py
 
+With --compile, which on a CPU needs a C++ compiler, two more run:
+
+    dense compiled      dense by torch.compile
+    reduced compiled    reduced, its layer norms and MLPs by torch.compile
+
 efficiency = dense seconds / seconds * r, where r is the model's share of the dense FLOPs; 1 is all
 that the FLOPs promise.
 """
@@ -73,7 +78,7 @@ def compare(what, images, runs, r, repeats):
     rows = []
     for name, median in medians.items():
         speedup = medians["dense"] / median
-        share = 1.0 if name == "dense" else r
+        share = 1.0 if name.startswith("dense") else r
         row = {"what": what, "images": len(images), "run": name, "ms": 1e3 * median}
         row |= {"speed-up": speedup, "r": share, "efficiency": share and speedup * share}
         rows.append(row | {"MB": memory[name]})
@@ -87,7 +92,23 @@ def row_text(row):
     for name, digits in DIGITS.items():
         cell = "-" if row[name] is None else f"{row[name]:.{digits}f}"
         cells.append(f"{cell:>12}")
-    return f"{row['what']:<10}{row['images']:>7}  {row['run']:<8}{''.join(cells)}"
+    return f"{row['what']:<10}{row['images']:>7}  {row['run']:<17}{''.join(cells)}"
+
+
+def compile_parts(model):
+    """A copy whose layer norms and MLPs are compiled, for any number of tokens."""
+    model = copy.deepcopy(model)
+    for block in model.blocks:
+        for part in (block.norm1, block.norm2, block.mlp):
+            part.compile(dynamic=True)
+    return model
+
+
+def launches(run):
+    """What run() starts on the GPU: kernels, copies, fills."""
+    with torch.profiler.profile() as profile:
+        run()
+    return sum(event.device_type == torch.autograd.DeviceType.CUDA for event in profile.events())
 
 
 @torch.inference_mode()
@@ -155,8 +176,21 @@ def benchmark(model, images, args):
                 on_cpu = infer(copy.deepcopy(plain).cpu(), some.cpu(), drop=drop)[0]
                 check_same(f"{how}, CUDA and CPU", on_cpu, logits.cpu())
 
+    compiled = {}
+    if args.compile:
+        compiled["dense"] = torch.compile(dense, dynamic=False)
+        compiled["reduced"] = compile_parts(model)
+    for name, net in compiled.items():
+        try:
+            logits = infer(net, some)[0]
+        except RuntimeError as error:
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"--compile: torch.compile failed: {reason}") from None
+        wanted = infer(dense if name == "dense" else model, some)[0]
+        check_same(f"{name}, compiled and not", wanted, logits)
+
     head = "".join(f"{name:>12}" for name in DIGITS)
-    runtime.say(f"{'':<10}{'images':>7}  {'run':<8}{head}", sys.stdout)
+    runtime.say(f"{'':<10}{'images':>7}  {'run':<17}{head}", sys.stdout)
     rows = []
     for count in args.batch_sizes:
         batch = images[data.evenly(len(images), count)]
@@ -168,8 +202,14 @@ def benchmark(model, images, args):
             "reduced": partial(infer, model, batch, args.amp),
             "plain": partial(infer, plain, batch, args.amp),
         }
+        for name, net in compiled.items():
+            runs[f"{name} compiled"] = partial(infer, net, batch, args.amp)
         r = flops_ratio(kept, model.config).item()
         rows += compare("inference", batch, runs, r, args.repeats)
+        if images.is_cuda:
+            depth = model.config.depth
+            found = [f"{name} {launches(run) / depth:.0f}" for name, run in runs.items()]
+            runtime.say(f"launches per block: {', '.join(found)}", sys.stdout)
     if landing.maskers(model):
         steps = {"dense": dense, "reduced": model, "plain": plain}
         runs = {name: partial(training_step, net, some, args.amp) for name, net in steps.items()}
@@ -213,6 +253,7 @@ def main(argv=None):
     add("--share", type=runtime.share, metavar="SHARE", help=what)
     add("--batch-sizes", type=number, nargs="+", default=[1, 8, 32, 64], metavar="N", help="images")
     add("--repeats", type=number, default=7, metavar="N", help="medians are shown (%(default)s)")
+    add("--compile", action="store_true", help="run compiled models too")
     add("--json", metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     torch.manual_seed(args.seed)

@@ -1,7 +1,10 @@
 """experiments/benchmark.py: like is compared with like, and what is timed is what is said."""
 
+import copy
 import json
+import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,6 +73,35 @@ def test_every_execution_has_a_row(tmp_path, capsys):
     assert f"torch {torch.__version__}, device cpu, threads {torch.get_num_threads()}" in lines[0]
     assert ["agree: 16 images within" in line for line in lines[1:4]] == [True, True, False]
     assert len(lines) == 4 + len(rows)
+
+
+def test_compiled_models_have_rows_too(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
+    monkeypatch.setattr(benchmark, "compile_parts", copy.deepcopy)
+    path = tmp_path / "rows.json"
+    benchmark.main([*SHARED, "--batch-sizes", "1", "--compile", "--json", str(path)])
+    dense, _, reduced, _, *both = json.loads(path.read_text())["rows"][:6]
+    assert [row["run"] for row in both] == ["dense compiled", "reduced compiled"]
+    assert [row["r"] for row in both] == [dense["r"], reduced["r"]]
+    assert "reduced, compiled and not agree" in capsys.readouterr().out
+
+
+def test_a_failed_compilation_is_one_line(monkeypatch, capsys):
+    def fail(*args):
+        raise RuntimeError("no C++ compiler\nand more")
+
+    monkeypatch.setattr(benchmark, "compile_parts", copy.deepcopy)
+    monkeypatch.setattr(torch, "compile", lambda model, dynamic: SimpleNamespace(eval=lambda: fail))
+    lines = refusal(capsys, *SHARED, "--compile")
+    assert len(lines) == 1 and "torch.compile failed: no C++ compiler" in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_parts_are_the_same_function():
+    model, images = ltmp.create_model("demo").eval(), torch.randn(3, 3, 28, 28)
+    logits = benchmark.infer(benchmark.compile_parts(model), images)[0]
+    torch.testing.assert_close(logits, benchmark.infer(model, images)[0], atol=1e-5, rtol=1e-5)
 
 
 def test_a_fixed_count_has_no_thresholds_to_train(tmp_path):
