@@ -528,7 +528,8 @@ class LTMPViT(nn.Module):
         kept: live tokens after each block, prefix tokens included; differentiable in training.
         drop: whether dead tokens are left out (the default in eval mode) or stay, masked (the
         default in training mode: thresholds need their gradient). The logits agree to rounding,
-        unless rounding moves a score across a threshold.
+        unless rounding moves a score across a threshold. In half precision kept can differ between
+        a batch and an image alone.
         """
         tokens = self.embed(images, not self.training if drop is None else drop)
         kept = []
