@@ -12,7 +12,6 @@ depth, num_classes, mlp_ratio, prefix_tokens and head_tokens.
 """
 
 import argparse
-import json
 
 import torch
 
@@ -31,9 +30,8 @@ def layer_flops(config, kept=None):
         raise ValueError(f"kept must hold one count per block: {config.depth}, not {len(kept)}")
     layers = [("patch_embed", patches, patches * 3 * config.patch_size**2 * d)]
     for i, m in enumerate(kept):
-        layers.append(
-            (f"blocks.{i}.attn", n, 4 * n * d * d + 2 * n * n * d)
-        )  # qkv, proj; q k^T, attn v
+        # qkv and proj; q k^T and attn v.
+        layers.append((f"blocks.{i}.attn", n, 4 * n * d * d + 2 * n * n * d))
         layers.append((f"blocks.{i}.mlp", m, 2 * m * d * int(d * config.mlp_ratio)))
         n = m
     read = config.head_tokens
@@ -61,31 +59,12 @@ def main():
 
     parser = argparse.ArgumentParser(description="FLOPs (multiply-adds) per image, layer by layer.")
     parser.add_argument("model", choices=VARIANTS, metavar="MODEL", help=", ".join(VARIANTS))
-    given = parser.add_mutually_exclusive_group()
-    given.add_argument(
-        "--kept",
-        nargs="+",
-        type=float,
-        metavar="N",
-        help="tokens kept after each block, prefix tokens included (default: all)",
-    )
-    given.add_argument(
-        "--metrics",
-        metavar="FILE",
-        help="take them from a metrics.json, as means over its images: r is a little smaller",
-    )
+    what = "tokens kept after each block, prefix tokens included (default: all)"
+    parser.add_argument("--kept", nargs="+", type=float, metavar="N", help=what)
     args = parser.parse_args()
     config, kept = VARIANTS[args.model], args.kept
-    if args.metrics:
-        try:
-            with open(args.metrics) as file:
-                kept = [float(n) for n in json.load(file)["kept"]]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            parser.error(f"{args.metrics} is no metrics.json of train.py or evaluate.py: {error!r}")
-    if kept is not None and not (
-        len(kept) == config.depth
-        and all(config.prefix_tokens <= n <= config.num_tokens for n in kept)
-    ):
+    possible = all(config.prefix_tokens <= n <= config.num_tokens for n in kept or ())
+    if kept is not None and not (len(kept) == config.depth and possible):
         counts = f"{config.prefix_tokens} to {config.num_tokens} tokens"
         allowed = f"{counts} in each of {config.depth} blocks"
         parser.error(f"{args.model} keeps {allowed}; got {' '.join(f'{n:g}' for n in kept)}")
@@ -93,10 +72,8 @@ def main():
     print(f"{'layer':<16}{'tokens':>8}{'MFLOPs':>10}{'share':>8}")
     for name, tokens, flops in layer_flops(config, kept):
         print(f"{name:<16}{tokens:>8g}{flops / 1e6:>10.1f}{100 * flops / total:>7.1f}%")
-    print(
-        f"{'total':<24}{total / 1e6:>10.1f}   {total / 1e9:.3g} GFLOPs per image, "
-        f"r = {total / dense:.3f}"
-    )
+    summary = f"{total / 1e9:.3g} GFLOPs per image, r = {total / dense:.3f}"
+    print(f"{'total':<24}{total / 1e6:>10.1f}   {summary}")
 
 
 if __name__ == "__main__":

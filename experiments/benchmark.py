@@ -285,7 +285,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        runtime.stop("stopped", 130)
+    runtime.run_main(main)

@@ -240,7 +240,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except KeyboardInterrupt:
-        runtime.stop("stopped; the same command goes on from there", 130)
+    runtime.run_main(main, "the same command goes on from there")

@@ -22,7 +22,10 @@ from torch.autograd.function import once_differentiable
 def ragged_attention(qkv, size, counts):
     """ltmp.ragged_attention: qkv (T, 3, H, D), size (T,), counts (B,) -> (T, H, D), (T,)."""
     if qkv.device.type != "cpu":
-        return gpu_attention()(qkv, size, counts)
+        # The kernel has no gradient: where one is asked for, padding has.
+        no_gradient = not (torch.is_grad_enabled() and qkv.requires_grad)
+        attention = gpu_attention() if qkv.is_cuda and no_gradient else padded_attention
+        return attention(qkv, size, counts)
     counts = counts.tolist()
     outs, importances = [], []
     for qkv_i, log_size in zip(qkv.split(counts), size.log().split(counts), strict=True):

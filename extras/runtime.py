@@ -161,19 +161,18 @@ EXHAUSTED = {
 }
 
 
-def run_main(main):
-    """Run a program. Ctrl-C, and a machine that gives out, end it with one line."""
-    resume = "train.py --resume goes on from the last save, if there is one"
+def run_main(main, hint="train.py --resume goes on from the last save, if there is one"):
+    """Run a program. Ctrl-C, and a machine that gives out, end it with one line and a hint."""
     try:
         main()
     except KeyboardInterrupt:
-        stop(f"stopped; {resume}", 130)
+        stop(f"stopped; {hint}", 130)
     except (RuntimeError, MemoryError, OSError) as error:
         text = f"{type(error).__name__}: {error}"
         advice = next((line for fault, line in EXHAUSTED.items() if re.search(fault, text)), None)
         if advice is None:
             raise
-        stop(f"{advice}; {resume}", 1, speaker=processes()[0])
+        stop(f"{advice}; {hint}", 1, speaker=processes()[0])
 
 
 class Interrupts:

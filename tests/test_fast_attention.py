@@ -1,5 +1,7 @@
 """extras/fast_attention.py: the attentions of ltmp.py, values and gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -87,3 +89,19 @@ def test_a_whole_model_has_the_same_gradients(images_at_once, method):
             scale = p.grad.abs().max().item()
             atol = 1e-4 * scale + 1e-7
             torch.testing.assert_close(other.grad, p.grad, rtol=0, atol=atol, msg=name)
+
+
+@pytest.mark.parametrize("device, gradient", [("cuda", True), ("cuda", False), ("mps", False)])
+def test_the_kernel_runs_only_on_cuda_and_where_no_gradient_is_asked_for(
+    monkeypatch, device, gradient
+):
+    def named(name):
+        return lambda *inputs: name
+
+    monkeypatch.setattr(fast_attention, "gpu_attention", lambda: named("kernel"))
+    monkeypatch.setattr(fast_attention, "padded_attention", named("padded"))
+    qkv = SimpleNamespace(
+        device=torch.device(device), is_cuda=device == "cuda", requires_grad=gradient
+    )
+    wanted = "kernel" if device == "cuda" and not gradient else "padded"
+    assert fast_attention.ragged_attention(qkv, None, None) == wanted
