@@ -264,7 +264,7 @@ def test_interrupted_runs_end_as_whole_ones(tiny, tmp_path, monkeypatch, capsys,
         assert learned(f"d{number}", "--resume") == whole
 
 
-def test_a_second_ctrl_c_ends_at_once(tiny, tmp_path, monkeypatch, capsys):
+def test_a_second_ctrl_c_ends_at_once(tiny, tmp_path, monkeypatch, capsys, request):
     def twice(r):
         signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -273,6 +273,9 @@ def test_a_second_ctrl_c_ends_at_once(tiny, tmp_path, monkeypatch, capsys):
 
     flags = [*TINY_RUN, "--recipe", "paper", "--out", str(tmp_path)]
     at_step(monkeypatch, train, 3, twice)
+    # A shell starts what runs in the background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, before))
     with pytest.raises(SystemExit) as end:
         runtime.run_main(partial(train.main, flags))
     assert end.value.code == 130
