@@ -143,11 +143,16 @@ class ThresholdMasker(nn.Module):
         self.tau = tau
 
     def forward(self, scores):
-        """scores (B, M) float32, -inf or inf where nothing is decided -> (B, M) of 0 and 1."""
+        """scores (B, M) float32, -inf or inf where nothing is decided -> (B, M) of 0 and 1.
+
+        Where no gradient is asked for, the decision is a bool.
+        """
+        hard = scores > self.threshold
+        if not torch.is_grad_enabled():
+            return hard
         soft = torch.sigmoid((scores - self.threshold) / self.tau)
-        hard = (scores > self.threshold).float()
         # Subtract first: then the sum is exactly 0 or 1. (hard + soft) - soft can be off by 6e-8.
-        return soft + (hard - soft).detach()
+        return soft + (hard.float() - soft).detach()
 
     # .to(), .half() and .cuda() call this: move the threshold, but do not round it.
     def _apply(self, fn, recurse=True):
@@ -171,15 +176,15 @@ class FixedCountMasker(nn.Module):
         self.step = step
 
     def forward(self, scores):
-        """scores (B, M) float32, -inf or inf where nothing is decided -> (B, M) of 0 and 1."""
+        """scores (B, M) float32, -inf or inf where nothing is decided -> bool (B, M)."""
         candidate = scores.isfinite()
         order = scores.sort(dim=1, descending=self.step == "merge", stable=True).indices
         rank = order.argsort(dim=1)  # (B, M), 0 for the first to go
         if self.step == "merge":
-            # No limit is needed: set A without its prefix token has (n - P) // 2 tokens.
-            return (candidate & (rank < self.r)).float()
+            # No limit is needed: set A has (n - P) // 2 tokens.
+            return candidate & (rank < self.r)
         most = candidate.sum(1, keepdim=True) // 2
-        return (rank >= most.clamp(max=self.r)).float()
+        return rank >= most.clamp(max=self.r)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -200,6 +205,7 @@ class Tokens:
     mask: torch.Tensor | None  # (T,) in training, else None: exactly 0 or 1, differentiable
     rows: torch.Tensor  # (B, N) which row of x holds each image's tokens, the class token first
     live: torch.Tensor  # (B, N) whether there is a live token at this place
+    holes: bool = True  # whether a dead token may have a place before a live one
     merges: tuple | None = None  # of the last merge: rows_a, partner, merged; for pictures
     prefix_tokens: int = 1  # how many tokens of each image always stay: they come first
 
@@ -218,15 +224,14 @@ def take(values, rows):
 
 def multiply(mask, rows, factor):
     """mask (T,) with a factor (B, M) on the given rows (B, M), 1 on all others -> (T,)."""
-    if mask is None:
-        return None
     return mask * torch.ones_like(mask).scatter(0, rows.flatten(), factor.flatten())
 
 
 def live_first(tokens):
     """Order each image's places: live tokens first, in the order that they had."""
     order = tokens.live.byte().argsort(dim=1, descending=True, stable=True)  # (B, N)
-    return replace(tokens, rows=tokens.rows.gather(1, order), live=tokens.live.gather(1, order))
+    rows, live = tokens.rows.gather(1, order), tokens.live.gather(1, order)
+    return replace(tokens, rows=rows, live=live, holes=False)
 
 
 def drop_dead(tokens):
@@ -237,7 +242,7 @@ def drop_dead(tokens):
     live = torch.arange(count.max(), device=count.device) < count  # (B, N')
     # A place without a token repeats the row of the image's last token.
     rows = (live.flatten().cumsum(0) - 1).view_as(live)
-    return replace(tokens, x=x, size=size, rows=rows, live=live)
+    return replace(tokens, x=x, size=size, rows=rows, live=live, holes=False)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,56 +259,56 @@ def bipartite_matching(key_a, key_b, live_b):
     with torch.autocast(key_a.device.type, enabled=False):
         cosine = key_a @ key_b.transpose(1, 2)  # (B, Na, Nb)
     # Rounding can lift a cosine above 1, and a threshold of 1 means: never merge.
-    return cosine.clamp(max=1).masked_fill(~live_b[:, None], -math.inf).max(dim=2)
+    return torch.where(live_b[:, None], cosine.clamp(max=1), -math.inf).max(dim=2)
 
 
 def merge(tokens, key, importance, masker):
     """Merge every other token into its most similar partner, where the masker says so.
 
-    Counted from the last prefix token, live tokens at places 0, 2, 4 ... are set A, those at 1, 3,
-    5 ... are set B (ToMe, arXiv 2210.09461). An A token whose similarity to its partner is above
-    the threshold merges into it. Prefix tokens never merge, and nothing merges into them. Several A
-    tokens may merge into one B token. The B token becomes the mean of all of them, weighted by
-    size. Sizes add up, and its importance becomes the largest of theirs. The new order is prefix
-    tokens, A, B.
+    Behind the prefix tokens, live tokens alternate: the first is in set B, the second in set A, and
+    so on (ToMe, arXiv 2210.09461). An A token whose similarity to its partner is above the
+    threshold merges into it; several may merge into one B token. That becomes the mean of all of
+    them, weighted by size. Sizes add up, and its importance becomes the largest of theirs. The new
+    order is prefix tokens, A, B.
 
     key (T, D) averaged over heads, importance (T,) -> tokens, importance (T,).
     """
-    tokens = live_first(tokens)
-    first = tokens.prefix_tokens - 1
-    rows_a, rows_b = tokens.rows[:, first::2], tokens.rows[:, first + 1 :: 2]  # (B, Na), (B, Nb)
-    live_a, live_b = tokens.live[:, first::2], tokens.live[:, first + 1 :: 2]
+    if tokens.holes:
+        tokens = live_first(tokens)
+    P = tokens.prefix_tokens
+    rows_a, rows_b = tokens.rows[:, P + 1 :: 2], tokens.rows[:, P::2]  # (B, Na), (B, Nb)
+    live_a, live_b = tokens.live[:, P + 1 :: 2], tokens.live[:, P::2]
     if rows_b.shape[1] == 0:
         return replace(tokens, merges=None), importance
 
     # Which A tokens merge, and into which B tokens?
-    key = F.normalize(key, dim=-1)
-    similarity, nearest = bipartite_matching(take(key, rows_a), take(key, rows_b), live_b)
+    key = take(F.normalize(key, dim=-1), tokens.rows)  # (B, N, D)
+    similarity, nearest = bipartite_matching(key[:, P + 1 :: 2], key[:, P::2], live_b)
     partner = rows_b.gather(1, nearest)  # (B, Na)
-    cannot_merge = ~live_a
-    cannot_merge[:, 0] = True
-    decision = masker(similarity.masked_fill(cannot_merge, -math.inf))  # (B, Na) of 0 and 1
-    merged = decision > 0  # (B, Na)
+    decision = masker(torch.where(live_a, similarity, -math.inf))  # (B, Na) of 0 and 1
+    merged = decision.bool()  # (B, Na)
 
     # In training a pair that does not merge still gives the threshold a gradient, so all stay.
     pairs = merged.flatten().nonzero()[:, 0] if tokens.mask is None else slice(None)
-    a, b, decided = (t.flatten()[pairs] for t in (rows_a, partner, decision))  # (P,) each
+    a, b, decided = (t.flatten()[pairs] for t in (rows_a, partner, decision))  # (M,) each
 
-    # The mean of all that merge into b, weighted by size: x_b + sum over a of weight_a (x_a - x_b).
-    added = decided * tokens.size[a]  # (P,)
+    # The mean of all that merge into b, weighted by size.
+    added = decided * tokens.size[a]  # (M,)
     size = tokens.size.index_add(0, b, added)  # (T,)
-    weight = added / size[b]  # (P,)
-    difference = tokens.x.index_select(0, a) - tokens.x.index_select(0, b)  # (P, C)
-    x = tokens.x.index_add(0, b, (weight[:, None] * difference).to(tokens.x.dtype))  # (T, C)
-    others = importance[a].masked_fill(decided == 0, -math.inf)  # (P,)
-    importance = importance.scatter_reduce(0, b, others, "amax")  # (T,)
+    x = tokens.x * (tokens.size / size).to(tokens.x.dtype)[:, None]  # (T, C)
+    others = tokens.x.index_select(0, a) * (added / size[b]).to(x.dtype)[:, None]  # (M, C)
+    x = x.index_add(0, b, others)
+    # Where nothing merges this is 0, and importance is not below 0.
+    importance = importance.scatter_reduce(0, b, decided.detach() * importance[a], "amax")  # (T,)
 
-    mask = multiply(tokens.mask, rows_a, 1 - decision)
-    rows = torch.cat([tokens.rows[:, :first], rows_a, rows_b], 1)
-    live = torch.cat([tokens.live[:, :first], live_a & ~merged, live_b], 1)
+    mask = tokens.mask
+    if mask is not None:
+        mask = multiply(mask, rows_a, 1 - decision.to(mask.dtype))
+    rows = torch.cat([tokens.rows[:, :P], rows_a, rows_b], 1)
+    live = torch.cat([tokens.live[:, :P], live_a ^ merged, live_b], 1)
     merges = rows_a, partner, merged
-    tokens = replace(tokens, x=x, size=size, mask=mask, rows=rows, live=live, merges=merges)
-    return tokens, importance
+    tokens = replace(tokens, x=x, size=size, mask=mask, rows=rows, live=live)
+    return replace(tokens, holes=True, merges=merges), importance
 
 
 # --------------------------------------------------------------------------------------------------
@@ -316,29 +321,31 @@ def prune(tokens, importance, masker):
     importance (T,) -> tokens.
     """
     # A token that is dead has a factor of 1: 0 would cut the gradient of the decision it died by.
-    scores = take(importance, tokens.rows).masked_fill(~tokens.live, math.inf)  # (B, N)
+    scores = torch.where(tokens.live, take(importance, tokens.rows), math.inf)  # (B, N)
     scores[:, : tokens.prefix_tokens] = math.inf
     kept = masker(scores)  # (B, N) of 0 and 1
-    mask = multiply(tokens.mask, tokens.rows, kept)
-    return replace(tokens, mask=mask, live=tokens.live & (kept > 0))
+    mask = tokens.mask
+    if mask is not None:
+        mask = multiply(mask, tokens.rows, kept.to(mask.dtype))
+    return replace(tokens, mask=mask, live=tokens.live & kept.bool(), holes=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # Attention, and the importance of each token
 
 
-def ragged_attention(qkv, size, counts):
-    """Inference: proportional attention, image by image; every token is alive.
+def ragged_attention(qkv, size, live):
+    """Inference: proportional attention, image by image; every row is alive.
 
         attn_ij = softmax over j of (q_i k_j / sqrt(D) + log size_j)
         importance_j = mean over heads and queries i of attn_ij
 
     A token of size s is attended to like s equal tokens: s exp(l) = exp(l + log s) (ToMe).
 
-    qkv (T, 3, H, D), size (T,), counts (B,): tokens of each image -> out (T, H, D),
-    importance (T,) float32.
+    qkv (T, 3, H, D), size (T,), live (B, N): as many places of an image as it has rows
+    -> out (T, H, D), importance (T,) float32.
     """
-    counts = counts.tolist()
+    counts = live.sum(1).tolist()
     outs, importances = [], []
     for qkv_i, log_size in zip(qkv.split(counts), size.log().split(counts), strict=True):
         q, k, v = qkv_i.permute(1, 2, 0, 3)  # (H, n, D) each
@@ -397,7 +404,7 @@ class Attention(nn.Module):
         """
         qkv = self.qkv(x).unflatten(1, (3, self.heads, -1))  # (T, 3, H, D)
         if attention is not None and tokens.mask is None:
-            out, importance = attention.ragged_attention(qkv, tokens.size, tokens.live.sum(1))
+            out, importance = attention.ragged_attention(qkv, tokens.size, tokens.live)
         else:
             # In training, and in a dense block, the rows of x are B images of N tokens each.
             shape = tokens.rows.shape
@@ -550,8 +557,8 @@ class LTMPViT(nn.Module):
         size = torch.ones(shape.numel(), dtype=torch.float32, device=x.device)  # (T,)
         mask = None if drop else size
         live = torch.ones_like(rows, dtype=torch.bool)
-        prefix_tokens = self.config.prefix_tokens
-        return Tokens(x.flatten(0, 1), size, mask, rows, live, prefix_tokens=prefix_tokens)
+        prefix = self.config.prefix_tokens
+        return Tokens(x.flatten(0, 1), size, mask, rows, live, holes=False, prefix_tokens=prefix)
 
     def classify(self, tokens):
         """Tokens after the last block -> logits (B, num_classes)."""

@@ -316,7 +316,7 @@ def test_the_gradient_of_decisions_is_that_of_differences():
         # In one tensor: gradcheck passes over an output that lost its gradient.
         return torch.cat([tokens.x.flatten(), tokens.size, tokens.mask])
 
-    merged = torch.tensor([[0, 0.5, 1, 0.2], [0, 0.9, 0.3, 0.6]]).double().requires_grad_()
+    merged = torch.tensor([[0.5, 1, 0.2], [0.9, 0.3, 0.6]]).double().requires_grad_()
     kept = torch.rand(2, 7).double().requires_grad_()
     assert torch.autograd.gradcheck(step, (merged, kept))
 
@@ -344,7 +344,7 @@ def test_attention_equals_the_plain_formula(attention):
     alive = live.flatten()
     q, k, v = qkv.view(B, N, 3, H, D).permute(2, 0, 3, 1, 4)
     out, importance = attention.masked_attention(q, k, v, size.view(B, N), live.float())
-    found = attention.ragged_attention(qkv[alive], size[alive], live.sum(1))
+    found = attention.ragged_attention(qkv[alive], size[alive], live)
     torch.testing.assert_close(out.transpose(1, 2)[live], found[0])
     torch.testing.assert_close(importance[live], found[1])
     for i in range(B):
@@ -470,13 +470,13 @@ class Operations(TorchDispatchMode):
 def test_a_block_needs_few_operations_in_inference():
     # On a GPU attention is one kernel; here it is none, so all that is counted is of ltmp.py.
     kernel = SimpleNamespace(
-        masked_attention=None, ragged_attention=lambda qkv, size, counts: (qkv[:, 2], size)
+        masked_attention=None, ragged_attention=lambda qkv, size, live: (qkv[:, 2], size)
     )
     model, images = random_model(4, "ltmp", kernel)
     tokens = model.embed(images, drop=True)
     with Operations() as operations:
         model.blocks[0](tokens, kernel)
-    assert operations.count <= 86 and operations.waits <= 3
+    assert operations.count <= 60 and operations.waits <= 3
 
 
 @pytest.mark.parametrize("attention", [None, fast_attention])
@@ -576,7 +576,7 @@ def test_flops_are_what_torch_counts(method):
         kept = model(image)[1]
     # What r leaves out: the matching, of all places of the tokens that enter.
     n = torch.tensor([model.config.num_tokens] + kept[:-1, 0].int().tolist())
-    matching = (((n + 1) // 2) * (n // 2)).sum().item() * model.config.dim // model.config.heads
+    matching = (((n - 1) // 2) * (n // 2)).sum().item() * model.config.dim // model.config.heads
     rest = counter.get_total_flops() / 2 - flops.model_flops(model.config, kept).item()
     assert rest == (matching if "merge" in METHODS[method] else 0)
 

@@ -32,7 +32,7 @@ from flops import flops_ratio
 from . import benchmark
 
 
-def ragged_attention(qkv, size, counts):
+def ragged_attention(qkv, size, live):
     """ltmp.ragged_attention for one image: qkv (T, 3, H, D), size (T,) -> (T, H, D), (T,)."""
     q, k, v = qkv.permute(1, 2, 0, 3)  # (H, T, D) each
     logits = (q * q.shape[-1] ** -0.5) @ k.transpose(1, 2)  # (H, T, T)

@@ -19,14 +19,14 @@ from torch.autograd.function import once_differentiable
 # Inference
 
 
-def ragged_attention(qkv, size, counts):
-    """ltmp.ragged_attention: qkv (T, 3, H, D), size (T,), counts (B,) -> (T, H, D), (T,)."""
+def ragged_attention(qkv, size, live):
+    """ltmp.ragged_attention: qkv (T, 3, H, D), size (T,), live (B, N) -> (T, H, D), (T,)."""
     if qkv.device.type != "cpu":
         # The kernel has no gradient: where one is asked for, padding has.
         no_gradient = not (torch.is_grad_enabled() and qkv.requires_grad)
         attention = gpu_attention() if qkv.is_cuda and no_gradient else padded_attention
-        return attention(qkv, size, counts)
-    counts = counts.tolist()
+        return attention(qkv, size, live)
+    counts = live.sum(1).tolist()
     outs, importances = [], []
     for qkv_i, log_size in zip(qkv.split(counts), size.log().split(counts), strict=True):
         q, k, v = qkv_i.permute(1, 2, 0, 3)  # (H, n, D) each
@@ -59,16 +59,15 @@ def mean_of_rows(matrix):
         return matrix.new_full((len(matrix),), 1 / len(matrix)) @ matrix
 
 
-def padded_attention(qkv, size, counts):
+def padded_attention(qkv, size, live):
     """ragged_attention with all images at once: one batched product in place of B small ones."""
-    live = torch.arange(counts.max(), device=qkv.device) < counts[:, None]  # (B, N)
     place = live.flatten().nonzero()[:, 0]  # (T,), of each token among the B N
     padded = qkv.new_zeros(live.numel(), *qkv.shape[1:]).index_copy(0, place, qkv)
     log_size = size.new_full((live.numel(),), -math.inf).index_copy(0, place, size.log())
     q, k, v = padded.unflatten(0, live.shape).permute(2, 0, 3, 1, 4)  # (B, H, N, D) each
     logits = ((q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)).float()  # (B, H, N, N)
     attn = softmax(logits.add_(log_size.view(live.shape)[:, None, None]))
-    query_weight = (live / counts[:, None])[:, :, None]  # (B, N, 1)
+    query_weight = (live / live.sum(1, keepdim=True))[:, :, None]  # (B, N, 1)
     importance = (attn.mean(1) * query_weight).sum(1)  # (B, N)
     out = (attn.to(v.dtype) @ v).transpose(1, 2).flatten(0, 1)  # (B N, H, D)
     return out.index_select(0, place), importance.flatten().index_select(0, place)

@@ -65,14 +65,15 @@ def attention_kernel(
         tl.store(to, tl.sum(attn, 0), mask=key < n)
 
 
-def ragged_attention(qkv, size, counts):
-    """ltmp.ragged_attention: qkv (T, 3, H, D), size (T,), counts (B,) -> (T, H, D), (T,) float32.
+def ragged_attention(qkv, size, live):
+    """ltmp.ragged_attention: qkv (T, 3, H, D), size (T,), live (B, N) -> (T, H, D), (T,) float32.
 
     The sums have a fixed order, so the same input gives the same output to the last bit.
     """
     T, _, H, D = qkv.shape
+    counts = live.sum(1)  # (B,)
     first = counts.cumsum(0) - counts  # (B,), each image's first row
-    blocks = triton.cdiv(int(counts.max()), QUERIES)
+    blocks = triton.cdiv(live.shape[1], QUERIES)
     out = qkv.new_empty(T, H, D)
     given = torch.zeros(blocks, H, T, dtype=torch.float32, device=qkv.device)
     grid = (blocks, H, len(counts))

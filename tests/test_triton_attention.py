@@ -16,7 +16,8 @@ def random_inputs(counts, H, D, dtype=torch.float32):
     device = "cuda" if torch.cuda.is_available() else "cpu"
     qkv = 2 * torch.randn(T, 3, H, D, generator=generator)
     size = torch.randint(1, 200, (T,), generator=generator).float()
-    return qkv.to(device, dtype), size.to(device), torch.tensor(counts, device=device)
+    live = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    return qkv.to(device, dtype), size.to(device), live.to(device)
 
 
 @pytest.mark.parametrize("D", [16, 24, 32, 64, 128])
@@ -30,11 +31,11 @@ def test_it_is_the_plain_attention(counts, D):
 
 
 def test_many_tokens_and_a_huge_size():
-    qkv, size, counts = random_inputs([600, 1], 1, 16)
+    qkv, size, live = random_inputs([600, 1], 1, 16)
     size[3] = 1e30
     for found, wanted in zip(
-        kernel.ragged_attention(qkv, size, counts),
-        ltmp.ragged_attention(qkv, size, counts),
+        kernel.ragged_attention(qkv, size, live),
+        ltmp.ragged_attention(qkv, size, live),
         strict=True,
     ):
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-5)
@@ -44,9 +45,9 @@ def test_many_tokens_and_a_huge_size():
 def test_half_precision_is_about_float32(dtype):
     if dtype == torch.bfloat16 and not torch.cuda.is_available():
         pytest.skip("Triton's interpreter multiplies bfloat16 wrongly")
-    qkv, size, counts = random_inputs([70, 9], 2, 32, dtype)
-    out, importance = kernel.ragged_attention(qkv, size, counts)
-    wanted_out, wanted_importance = ltmp.ragged_attention(qkv.float(), size, counts)
+    qkv, size, live = random_inputs([70, 9], 2, 32, dtype)
+    out, importance = kernel.ragged_attention(qkv, size, live)
+    wanted_out, wanted_importance = ltmp.ragged_attention(qkv.float(), size, live)
     assert out.dtype == dtype and importance.dtype == torch.float32
     atol = 4 * torch.finfo(dtype).eps * wanted_out.abs().max().item()
     torch.testing.assert_close(out.float(), wanted_out, atol=atol, rtol=0)
