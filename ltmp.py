@@ -1,19 +1,22 @@
 """Learned Thresholds Token Merging and Pruning (LTMP) for Vision Transformers, in one file.
 
 Method: M. Bonnaerens and J. Dambre, "Learned Thresholds Token Merging and Pruning for Vision
-Transformers", TMLR 2023, arXiv 2307.10780. Between attention and MLP of every block, two learned
-scalars decide: one which tokens merge into a similar token, one which tokens are dropped.
+Transformers", TMLR 2023, arXiv 2307.10780. Between attention and MLP of every block each token gets
+two scores: similarity, the cosine of its key and another token's, and importance, the attention
+that it receives. A learned threshold on each decides: very similar tokens merge, unimportant ones
+are pruned.
 
 Read from top to bottom: configurations, the threshold, the tokens, merge, prune, attention, the
 block, the model, loading. Only torch is needed, so this file can be copied alone.
 
 Shapes: B images, N places an image (the class token first; in inference as many as the image with
 most tokens needs), T tokens of all images together, C channels, H heads, D = C / H channels a head,
-P prefix tokens an image: the class token and what stands between it and the patches (often P = 1).
+P prefix tokens an image: the class token and what stands between it and the patches (often P = 1),
+M tokens or pairs that a step decides on, S pixels a side.
 
-One function has two executions. In training a token that merged or was dropped stays in the
-tensors, with a mask of 0, because a threshold learns from the tokens that it removed. In inference
-such a token is gone. Both compute the same logits.
+One function has two executions. In training a token that merged or was pruned is dead: it stays in
+the tensors, with a mask of 0, because a threshold learns from the tokens that it removed. In
+inference dead tokens are dropped from the tensors. Both compute the same logits.
 """
 
 import json
@@ -133,7 +136,7 @@ class ThresholdMasker(nn.Module):
         d loss / d threshold = - sum over tokens of (d loss / d decision) * soft (1 - soft) / tau
 
     A decision reaches the loss through the mask, which later attention and `kept` see, and through
-    the mean that merging makes. In merge 1 means: it merges. In prune 1 means: it stays.
+    the mean and the size that merging makes. For merge 1 means: it merges; for prune: it stays.
     The threshold stays float32 whatever the model becomes: near 1 a bfloat16 has steps of 0.004.
     """
 
@@ -143,9 +146,10 @@ class ThresholdMasker(nn.Module):
         self.tau = tau
 
     def forward(self, scores):
-        """scores (B, M) float32, -inf or inf where nothing is decided -> (B, M) of 0 and 1.
+        """scores (B, M) float32 -> (B, M) of 0 and 1.
 
-        Where no gradient is asked for, the decision is a bool.
+        -inf always gives 0, and inf 1, where there is nothing to decide. Where no gradient is asked
+        for, the decision is a bool.
         """
         hard = scores > self.threshold
         if not torch.is_grad_enabled():
@@ -164,10 +168,10 @@ class ThresholdMasker(nn.Module):
 
 
 class FixedCountMasker(nn.Module):
-    """The rule of ToMe and of top-k pruning: r tokens per image, whatever their scores.
+    """The rule of ToMe (arXiv 2210.09461) and of top-k pruning: r tokens of each image.
 
     step="merge" puts 1 on the r highest scores: these tokens merge. step="prune" puts 0 on the r
-    lowest: these are dropped. Of n live tokens at most (n - P) // 2 go.
+    lowest: these are pruned. Of n live tokens at most (n - P) // 2 go.
     """
 
     def __init__(self, r, step):
@@ -250,7 +254,7 @@ def drop_dead(tokens):
 
 
 def bipartite_matching(key_a, key_b, live_b):
-    """For each token of set A the most similar live token of set B, by the cosine of keys (ToMe).
+    """For each token of set A (see merge) the most similar live one of B, by the cosine of keys.
 
     key_a (B, Na, D), key_b (B, Nb, D), both of length 1, live_b (B, Nb)
     -> similarity (B, Na), place in B (B, Na).
@@ -316,18 +320,18 @@ def merge(tokens, key, importance, masker):
 
 
 def prune(tokens, importance, masker):
-    """Drop the tokens whose importance is not above the threshold; prefix tokens always stay.
+    """Prune the tokens whose importance is not above the threshold; prefix tokens always stay.
 
     importance (T,) -> tokens.
     """
-    # A token that is dead has a factor of 1: 0 would cut the gradient of the decision it died by.
+    # A dead token scores inf, a factor of 1: 0 would cut the gradient of the decision it died by.
     scores = torch.where(tokens.live, take(importance, tokens.rows), math.inf)  # (B, N)
     scores[:, : tokens.prefix_tokens] = math.inf
-    kept = masker(scores)  # (B, N) of 0 and 1
+    decision = masker(scores)  # (B, N) of 0 and 1
     mask = tokens.mask
     if mask is not None:
-        mask = multiply(mask, tokens.rows, kept.to(mask.dtype))
-    return replace(tokens, mask=mask, live=tokens.live & kept.bool(), holes=True)
+        mask = multiply(mask, tokens.rows, decision.to(mask.dtype))
+    return replace(tokens, mask=mask, live=tokens.live & decision.bool(), holes=True)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -340,9 +344,9 @@ def ragged_attention(qkv, size, live):
         attn_ij = softmax over j of (q_i k_j / sqrt(D) + log size_j)
         importance_j = mean over heads and queries i of attn_ij
 
-    A token of size s is attended to like s equal tokens: s exp(l) = exp(l + log s) (ToMe).
+    A token of size s is attended to like s equal tokens: s exp(logit) = exp(logit + log s) (ToMe).
 
-    qkv (T, 3, H, D), size (T,), live (B, N): as many places of an image as it has rows
+    qkv (T, 3, H, D), size (T,), live (B, N): the rows of image i are the next live[i].sum() ones
     -> out (T, H, D), importance (T,) float32.
     """
     counts = live.sum(1).tolist()
@@ -359,7 +363,7 @@ def ragged_attention(qkv, size, live):
 def masked_attention(q, k, v, size, mask):
     """Training: the same function, dead tokens masked; differentiable in the mask.
 
-        attn_ij = m_j exp(logit_ij) / sum over n of m_n exp(logit_in)
+        attn_ij = m_j exp(logit_ij) / sum over u of m_u exp(logit_iu)      m: the mask
         importance_j = mean over heads and over live queries i of attn_ij
 
     Only live queries count, because inference has no others. The mask is a factor: at 0 it still
@@ -397,7 +401,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, tokens, attention):
-        """x (T, C) normalized; attention: its two functions, or None for a dense block.
+        """x (T, C) normalized; attention: masked_attention and ragged_attention; None: dense.
 
         -> out (T, C), key (T, D) float32 averaged over heads, importance (T,) float32. A dense
         block uses torch's fused attention and returns None for the last two.
@@ -457,18 +461,17 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, config.heads)
         self.ls1 = LayerScale(dim) if config.layer_scale else nn.Identity()
+        fixed = r is not None
         if "merge" in self.steps:
-            fixed = r is not None
             self.merge_masker = FixedCountMasker(r, "merge") if fixed else ThresholdMasker(0.9, tau)
         if "prune" in self.steps:
-            fixed = r is not None
             self.prune_masker = FixedCountMasker(r, "prune") if fixed else ThresholdMasker(0.0, tau)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim, int(dim * config.mlp_ratio))
         self.ls2 = LayerScale(dim) if config.layer_scale else nn.Identity()
 
     def forward(self, tokens, attention):
-        """Tokens in, tokens out. attention: masked_attention and ragged_attention."""
+        """Tokens in, tokens out. attention: as for Attention; a block without steps is dense."""
         attention = attention if self.steps else None
         out, key, importance = self.attn(self.norm1(tokens.x), tokens, attention)
         tokens = replace(tokens, x=tokens.x + self.ls1(out))
@@ -497,9 +500,10 @@ class LTMPViT(nn.Module):
     """A ViT whose blocks merge and prune tokens by learned thresholds.
 
     method: one of METHODS. tau: temperature of the thresholds' gradient. r, for "tome" and "topk"
-    alone: how many tokens each block removes at most, one number or one per block. attention:
-    anything with masked_attention and ragged_attention, such as the module extras.fast_attention;
-    None for the plain ones of this file. Raises ValueError where these do not fit together.
+    alone: how many tokens each block removes at most (not the r of flops.py), one number or one per
+    block. attention: anything with masked_attention and ragged_attention, such as the module
+    extras.fast_attention; None for the plain ones of this file. Raises ValueError where these do
+    not fit together.
     """
 
     def __init__(self, config, method="ltmp", tau=0.1, r=None, attention=None):
@@ -507,7 +511,7 @@ class LTMPViT(nn.Module):
         if method not in METHODS:
             raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
         if (method in ("tome", "topk")) != (r is not None):
-            raise ValueError(f"r, tokens removed per block, is for tome and topk: {method}, r={r}")
+            raise ValueError(f"r, tokens removed per block, is for tome and topk; {method}: r={r}")
         counts = list(r) if isinstance(r, (list, tuple)) else [r] * config.depth
         is_count = [r is None or (isinstance(count, int) and count >= 0) for count in counts]
         if len(counts) != config.depth or not all(is_count):
@@ -521,6 +525,7 @@ class LTMPViT(nn.Module):
         self.config = config
         self.method = method
         self.patch_embed = PatchEmbed(config.patch_size, config.dim)
+        # All prefix tokens; the name is DeiT's.
         self.cls_token = nn.Parameter(torch.zeros(1, config.prefix_tokens, config.dim))
         self.pos_embed = nn.Parameter(0.02 * torch.randn(1, config.num_tokens, config.dim))
         self.blocks = nn.ModuleList(Block(config, method, tau, count) for count in counts)
@@ -598,7 +603,9 @@ def load_weights(model, source):
             raise ValueError(f"{where} is no state dict that torch wrote") from None
     state = source.get("model", source) if isinstance(source, Mapping) else {}
     is_state = isinstance(state, Mapping) and state
-    if not is_state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not is_state or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in state.items()
+    ):
         raise ValueError(f"{where} is no state dict: names of weights and their tensors")
 
     own = model.state_dict()
@@ -625,7 +632,7 @@ def load_thresholds(model, source):
     """Set the thresholds that training found. Returns the model.
 
     source: the path of a thresholds.json, or its content: "method", and "merge_thresholds" and
-    "prune_thresholds" with one number per block; where it has "model", one of VARIANTS, its depth
+    "prune_thresholds" with one number per block; where its "model" is one of VARIANTS, its depth
     and width must be this model's. Raises ValueError where they do not fit.
     """
     found = source

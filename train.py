@@ -199,7 +199,7 @@ def parse_args(argv=None):
     add(
         "--target",
         type=runtime.share,
-        default=0.75,
+        default=0.5,
         help="FLOPs to end at, as a share of dense (default: %(default)s)",
     )
     add(

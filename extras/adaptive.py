@@ -16,10 +16,10 @@ from flops import flops_ratio, model_flops
 from . import landing, measuring, models, runtime
 from .run import Run
 
-STEP = 0.15  # length of a step of all ranks together, times the root of the number of steps
+STEP = 0.15  # longest step of all ranks together, times the root of the number of steps
 MEMORY = 0.03  # weight of the newest gradient in the average: it reaches back some thirty steps
 WIDTH = 0.05  # of ranks, to both sides, over which the slope of a threshold is taken
-LITTLE = 0.1  # how much is pruned at a start with pruning, as a share of what merges
+LITTLE = 0.3  # how much is pruned at a start with pruning, as a share of what merges
 
 
 def learn(model, train_set, images, args, device):
@@ -29,9 +29,10 @@ def learn(model, train_set, images, args, device):
     """
     teacher = models.with_method(model, "dense").eval()
     maskers = landing.maskers(model)
-    shares = runtime.agreed(choose(model, teacher, images, args.target))
+    # In float32: half precision moves the KL of a start by more than starts differ.
+    with torch.autocast(device.type, enabled=False):
+        shares = runtime.agreed(choose(model, teacher, images[:128], args.target))
     scores = start_scores(model, images[:128], shares)
-    # A share of 0 for all prune thresholds means that merging alone is learned.
     learned = torch.tensor([shares[key] > 0 for key in maskers], device=device)
     ranks = torch.tensor(list(shares.values()), device=device)
     for key, masker in maskers.items():
@@ -57,14 +58,17 @@ def learn(model, train_set, images, args, device):
             for threshold in thresholds:
                 # The last block's may have no part in the logits.
                 threshold.grad = torch.zeros_like(threshold)
-            kl.backward()
+            # Only the direction counts. In float16 small gradients would be 0 without the factor.
+            (1024 * kl).backward()
             runtime.sum_gradients(thresholds)
             run.check_finite(kl, thresholds)
 
             slopes = rank_slopes(maskers, scores, state.ranks)  # (n,)
-            state.average.lerp_(torch.cat([t.grad for t in thresholds]) * slopes, MEMORY)
-            direction = steer(state.average, r_by_threshold * slopes, r - args.target, learned)
-            length = STEP / math.sqrt(steps) * (1 + math.cos(math.pi * run.step / steps)) / 2
+            state.average.lerp_(torch.cat([t.grad for t in thresholds]), MEMORY)
+            by_rank = state.average * slopes, r_by_threshold * slopes
+            direction = steer(*by_rank, r - args.target, learned)
+            # Short while the average is young, and at the end.
+            length = STEP / math.sqrt(steps) * math.sin(math.pi * (run.step + 0.5) / steps)
             state.ranks.sub_(length * direction).clamp_(0, 1)
             set_ranks(maskers, scores, state.ranks)
 
@@ -75,47 +79,49 @@ def learn(model, train_set, images, args, device):
 
 
 def choose(model, teacher, images, target):
-    """The shares to start from: equal in all blocks; of merging alone where pruning would not pay.
+    """The shares to start from. They rise with depth. A share of 0 is not learned.
 
-    A gradient sees what the next token costs, not what all up to a rank cost together. So two
-    starts at the same r are compared: merging alone, and with a little pruning. Pruning is learned
-    where that is at most a tenth further from the dense predictions, in the root of the KL.
+    A gradient tells what the next token costs, not what all up to a rank cost together. So starts
+    at the same r are compared by the root of their KL. First: merging in all blocks. Second: none
+    in the first block; kept if better. Third: a little pruning in the second half; kept if at most
+    a tenth worse, since it is yet to be learned. If merging misses the target, both start in all
+    blocks.
     """
-    keys = landing.maskers(model)
-    few = images[:128]
-    if len({step for _, step in keys}) == 1:
-        return landing.scale(model, few, target, dict.fromkeys(keys, landing.SHARE), 0.005)[1]
-    little = {key: landing.SHARE * (1 if key[1] == "merge" else LITTLE) for key in keys}
-    alone = {key: landing.SHARE * (key[1] == "merge") for key in keys}
-    try:
-        r, alone = landing.scale(model, few, target, alone, 0.005)
-    except landing.OutOfReach:
-        return landing.scale(model, few, target, little, 0.005)[1]
     wanted = predict(teacher, images)
-    distance_alone = root_kl(model, images, wanted)
-    both = landing.scale(model, few, r, little, 0.002)[1]
-    distance_both = root_kl(model, images, wanted)
-    pays = distance_both < 1.1 * distance_alone
-    runtime.say(
-        f"start: root of the KL {distance_alone:.3g} by merging alone, {distance_both:.3g} with a "
-        f"little pruning: {'both are' if pays else 'merging alone is'} learned"
-    )
-    return both if pays else alone
+    tolerance = min(0.002, 0.02 * (1 - target))
+
+    def reach(shares):
+        try:
+            shares = landing.scale(model, images, target, shares, tolerance)[1]
+        except landing.OutOfReach:
+            return math.inf, shares
+        kl = measuring.kl_divergence(predict(model, images), wanted)  # (n,)
+        # The mean of the KL itself depends on a few images.
+        return kl.clamp(min=0).sqrt().mean().item(), shares
+
+    depth, rising = len(model.blocks), {}
+    for i, step in landing.maskers(model):
+        rising[i, step] = landing.SHARE * (0.5 + i / depth) * (1 if step == "merge" else LITTLE)
+    kl, shares = reach({key: share * (key[1] == "merge") for key, share in rising.items()})
+    if kl == math.inf or not any(shares.values()):
+        return landing.scale(model, images, target, rising)[1]
+    runtime.say(f"start: merging in all blocks, root of the KL {kl:.3g}")
+    late = [key for key in shares if key[1] == "prune" and key[0] >= depth / 2]
+    # What to try, as a share of what the block merges; where; how much worse it may be.
+    trials = [("none in the first", 0.0, [(0, "merge")], 1)]
+    trials += [("a little pruning", LITTLE, late, 1.1)] if late else []
+    for name, part, keys, most in trials:
+        trial_kl, trial = reach(shares | {key: part * shares[key[0], "merge"] for key in keys})
+        pays = trial_kl < most * kl
+        runtime.say(f"start: {name}, {trial_kl:.3g}: {'kept' if pays else 'dropped'}")
+        kl, shares = (trial_kl, trial) if pays else (kl, shares)
+    return shares
 
 
 @torch.no_grad()
 def predict(model, images):
-    """Logits (n, classes) of images (n, 3, S, S), in inference and in float32."""
-    with torch.autocast(images.device.type, enabled=False):
-        return torch.cat([model.eval()(batch)[0].double() for batch in images.split(64)])
-
-
-def root_kl(model, images, wanted):
-    """The root of the KL from wanted logits (n, classes), averaged over images (n, 3, S, S).
-
-    The mean of the KL itself hangs on a few images.
-    """
-    return measuring.kl_divergence(predict(model, images), wanted).clamp(min=0).sqrt().mean().item()
+    """Logits (n, classes) float64 of images (n, 3, S, S), in inference."""
+    return torch.cat([model.eval()(batch)[0].double() for batch in images.split(64)])
 
 
 @torch.no_grad()
@@ -176,13 +182,18 @@ def r_gradient(model, images, thresholds):
 
 
 def steer(kl_by_rank, r_by_rank, distance, learned):
-    """What to subtract from the ranks (n,): where the KL rises while r stays, and back to r.
+    """What to subtract from the ranks (n,): dear ones go down, cheap ones up, and r to the target.
 
-    kl_by_rank, r_by_rank (n,): gradients. distance: r - target; at 0.01, by which batches differ by
-    chance, the way back is as long as the way down, and from 0.03 on three times as long. learned
-    (n,): ranks that may move.
+    The price of a rank is the KL that it costs for the FLOPs that it saves. At the best thresholds
+    between 0 and 1 all have one price. Prices also make steps in all blocks comparable: late blocks
+    save less and cost less. kl_by_rank, r_by_rank (n,): gradients. distance: r - target. At 0.01,
+    the chance difference between batches, the way back has length 1, as the rest has; from 0.03 on,
+    3. learned (n,): ranks that may move.
     """
-    up = F.normalize(r_by_rank * learned, dim=0)  # (n,)
-    kl_by_rank = kl_by_rank * learned
-    along = kl_by_rank - (kl_by_rank @ up) * up
-    return F.normalize(along, dim=0) + min(max(distance / 0.01, -3), 3) * up
+    saved = (-r_by_rank).clamp(min=1e-4)  # (n,)
+    price = kl_by_rank / saved  # (n,)
+    saved = saved * learned
+    # Weighted by what they save: then r stays.
+    mean_price = (price * saved).sum() / saved.sum()
+    dear = F.normalize((price - mean_price) * learned, dim=0)
+    return dear - min(max(distance / 0.01, -3), 3) * F.normalize(learned.float(), dim=0)

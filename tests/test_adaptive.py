@@ -1,6 +1,7 @@
 """The adaptive recipe: where it starts, where a step goes, and what it ends with."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -26,9 +27,14 @@ def demo_images(split, count):
     return torch.stack([image for image, _ in data.subset(images, count)])
 
 
+def random_gradients():
+    """Of six ranks: d KL / d rank, and d r / d rank, which is below 0."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(6, generator=generator), -0.1 - torch.rand(6, generator=generator)
+
+
 def test_steer_goes_where_the_kl_falls_and_r_stays():
-    torch.manual_seed(0)
-    kl, r = torch.randn(6), torch.randn(6)
+    kl, r = random_gradients()
     along = adaptive.steer(kl, r, 0.0, ALL)
     assert along.norm() == pytest.approx(1)
     assert along @ r == pytest.approx(0, abs=1e-6)
@@ -38,19 +44,26 @@ def test_steer_goes_where_the_kl_falls_and_r_stays():
     torch.testing.assert_close(adaptive.steer(1e-4 * kl, 7 * r, 0.0, ALL), along)
 
 
+def test_steer_compares_what_the_same_flops_cost():
+    # The last rank saves little and costs little, but more than the others for each FLOP.
+    kl, r = torch.tensor([1.0, 1.0, 0.02]), torch.tensor([-1.0, -1.0, -0.01])
+    along = adaptive.steer(kl, r, 0.0, ALL[:3])
+    assert along[2] > 0 and (along[:2] < 0).all() and along.abs().argmax() == 2
+
+
 @pytest.mark.parametrize("distance, back", [(0.005, 0.5), (-0.01, -1), (0.7, 3), (-0.7, -3)])
 def test_steer_leads_back_to_the_target(distance, back):
-    torch.manual_seed(0)
-    kl, r = torch.randn(6), torch.randn(6)
+    kl, r = random_gradients()
     moved = adaptive.steer(kl, r, distance, ALL) - adaptive.steer(kl, r, 0.0, ALL)
-    torch.testing.assert_close(moved, back * F.normalize(r, dim=0))
+    torch.testing.assert_close(moved, torch.full((6,), -back / 6**0.5))
 
 
 def test_steer_moves_only_what_is_learned():
-    torch.manual_seed(0)
     learned = torch.tensor([True, False, True, True, False, True])
-    direction = adaptive.steer(torch.randn(6), torch.randn(6), 0.01, learned)
-    assert torch.equal(direction != 0, learned)
+    kl, r = random_gradients()
+    assert torch.equal(adaptive.steer(kl, r, 0.01, learned) != 0, learned)
+    # Without a part that leads back, what is learned leaves r.
+    assert adaptive.steer(kl, r, 0.0, learned) @ r == pytest.approx(0, abs=1e-6)
 
 
 def test_thresholds_that_only_the_class_token_reaches_can_start(spread_model):
@@ -79,44 +92,72 @@ def test_ranks_are_shares_of_the_scores_met(spread_model):
     assert (slopes[::2] < 0).all() and (slopes[1::2] > 0).all()
 
 
-@pytest.mark.parametrize("seed, pays", [(0, True), (5, False)])
+@pytest.mark.parametrize(
+    "seed, target, part, first, prunes",
+    [(0, 0.8, 0.3, False, True), (4, 0.6, 0.3, True, True), (2, 0.8, 1.0, False, False)],
+)
 @pytest.mark.parametrize("method", ["ltmp", "ltpm"])
-def test_pruning_is_learned_where_a_little_of_it_costs_hardly_more(
-    spread_model, capsys, method, seed, pays
+def test_a_start_has_what_pays_at_the_same_r(
+    spread_model, capsys, monkeypatch, method, seed, target, part, first, prunes
 ):
-    model = spread_model(seed, method, image_size=10, depth=4)
+    monkeypatch.setattr(adaptive, "LITTLE", part)
+    model = spread_model(seed, method, image_size=10, depth=5)
     images = torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(0))
     teacher = models.with_method(model, "dense").eval()
-    shares = adaptive.choose(model, teacher, images, 0.6)
-    merging = {share for (_, step), share in shares.items() if step == "merge"}
-    pruning = {share for (_, step), share in shares.items() if step == "prune"}
-    assert len(merging) == len(pruning) == 1
-    assert pruning.pop() == pytest.approx(merging.pop() / 10 if pays else 0)
-    assert landing.place(model, images, shares) == pytest.approx(0.6, abs=0.006)
+    shares = adaptive.choose(model, teacher, images, target)
+    assert landing.place(model, images, shares) == pytest.approx(target, abs=0.002)
+    merged = [shares[i, "merge"] for i in range(5)]
+    assert merged[1:] == pytest.approx([merged[4] * (0.5 + i / 5) / 1.3 for i in range(1, 5)])
+    assert merged[0] == pytest.approx(merged[4] * 0.5 / 1.3 if first else 0)
+    pruned = [shares[i, "prune"] for i in range(5)]
+    assert pruned[:3] == [0, 0, 0]
+    assert pruned[3:] == pytest.approx([prunes * part * share for share in merged[3:]])
 
-    # The comparison, computed directly: both starts at the same r.
-    merges = {key: landing.SHARE * (key[1] == "merge") for key in shares}
-    little = {key: landing.SHARE * (1 if key[1] == "merge" else 0.1) for key in shares}
-    alone = landing.scale(model, images, 0.6, merges, 0.005)
-    roots = []
-    for start in (alone[1], landing.scale(model, images, alone[0], little)[1]):
-        landing.place(model, images, start)
+    # The comparison, computed directly.
+    def root(start):
+        landing.place(model, images, landing.scale(model, images, target, start)[1])
         with torch.no_grad():
             p, q = (each(images)[0].double().log_softmax(1) for each in (teacher, model))
-        roots.append((p.exp() * (p - q)).sum(1).sqrt().mean().item())
-    assert (roots[1] < 1.1 * roots[0]) == pays
-    assert f"{roots[0]:.3g} by merging alone, {roots[1]:.3g} with" in capsys.readouterr().err
+        return (p.exp() * (p - q)).sum(1).sqrt().mean().item()
+
+    start = {key: (0.5 + key[0] / 5) / 10 * (key[1] == "merge") for key in shares}
+    without = start | {(0, "merge"): 0.0}
+    roots = [root(start), root(without)]
+    assert (roots[0] <= roots[1]) == first
+    start = start if first else without
+    little = {(i, "prune"): part * start[i, "merge"] for i in (3, 4)}
+    roots.append(root(start | little))
+    assert (roots[2] < 1.1 * min(roots[:2])) == prunes
+    told = [float(value) for value in re.findall(r"[ ](0\.\d+)", capsys.readouterr().err)]
+    assert told == pytest.approx(roots, rel=0.02)
 
 
-def test_one_step_alone_and_a_target_that_merging_misses_leave_nothing_to_choose(spread_model):
+@pytest.mark.parametrize(
+    "method, depth, target",
+    [("ltmp", 4, 0.2), ("ltp", 4, 0.6), ("ltp", 1, 0.9), ("ltp", 4, 1.0), ("ltmp", 4, 1.0)],
+)
+def test_where_merging_misses_the_target_both_start_in_all_blocks(
+    spread_model, method, depth, target
+):
     images = torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(0))
-    for method in ("ltm", "ltp", "ltmp"):
-        model = spread_model(5, method, image_size=10, depth=4)
-        teacher = models.with_method(model, "dense").eval()
-        target = 0.2 if method == "ltmp" else 0.6
-        shares = adaptive.choose(model, teacher, images, target)
+    model = spread_model(5, method, image_size=10, depth=depth)
+    shares = adaptive.choose(model, models.with_method(model, "dense").eval(), images, target)
+    assert landing.place(model, images, shares) == pytest.approx(target, abs=0.002)
+    if target < 1:
         assert min(shares.values()) > 0
-        assert landing.place(model, images, shares) == pytest.approx(target, abs=0.006)
+
+
+@pytest.mark.parametrize("depth, target", [(1, 0.95), (2, 0.9), (4, 0.99), (4, 0.7)])
+def test_merging_alone_starts_at_the_target_with_or_without_the_first_block(
+    spread_model, depth, target
+):
+    images = torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(0))
+    model = spread_model(5, "ltm", image_size=10, depth=depth)
+    shares = adaptive.choose(model, models.with_method(model, "dense").eval(), images, target)
+    assert landing.place(model, images, shares) == pytest.approx(target, abs=0.002)
+    assert min(list(shares.values())[1:], default=1) > 0
+    # One block alone cannot go without.
+    assert shares[0, "merge"] > 0 or depth > 1
 
 
 def learned(out, *flags):
@@ -126,15 +167,17 @@ def learned(out, *flags):
     return [json.loads((out / name).read_text()) for name in names]
 
 
-def test_where_merging_alone_is_learned_nothing_is_ever_pruned(tiny, tmp_path, monkeypatch):
-    def merging_alone(model, teacher, images, target):
-        return landing.start(model, images, target, steps=("merge",))[1]
+def test_what_starts_with_a_share_of_0_stays_off(tiny, tmp_path, monkeypatch):
+    def one_of_four(model, teacher, images, target):
+        shares = dict.fromkeys(landing.maskers(model), 0.0) | {(1, "merge"): 0.1}
+        return landing.scale(model, images, target, shares)[1]
 
-    monkeypatch.setattr(adaptive, "choose", merging_alone)
+    monkeypatch.setattr(adaptive, "choose", one_of_four)
     flags = ["--model", "tiny", "--weights", "none", "--limit-train", "64", "-b", "8"]
-    found, metrics = learned(tmp_path, *flags, "--limit-val", "10")
+    found, metrics = learned(tmp_path, *flags, "--limit-val", "10", "--target", "0.95")
     assert found["prune_thresholds"] == [0.0, 0.0]
-    assert max(found["merge_thresholds"]) < 1 and metrics["flops_ratio"] < 1
+    assert found["merge_thresholds"][0] == 1 and found["merge_thresholds"][1] < 1
+    assert metrics["flops_ratio"] == pytest.approx(0.95, abs=0.02)
 
 
 @pytest.mark.slow
@@ -152,9 +195,8 @@ def test_learning_meets_the_target_on_the_demo(tmp_path, method):
 
 @pytest.mark.slow
 def test_learning_betters_where_it_starts(tmp_path):
-    learned(
-        tmp_path, "--limit-train", "160", "--limit-val", "10", "--method", "ltp", "--target", "0.5"
-    )
+    flags = ["--limit-train", "320", "--limit-val", "10", "--method", "ltp", "--target", "0.5"]
+    learned(tmp_path, *flags)
     images, model = demo_images("val", 200), demo("ltp")
     ltmp.load_thresholds(model, tmp_path / "thresholds.json")
     with torch.no_grad():
@@ -165,7 +207,8 @@ def test_learning_betters_where_it_starts(tmp_path):
         return measuring.kl_divergence(model(images)[0], wanted).mean().item()
 
     after, r = kl(), landing.measure(model, images)
-    assert landing.start(model, images, r)[0] == pytest.approx(r, abs=0.0025)
+    adaptive.choose(model, demo("dense"), images, r)
+    assert landing.measure(model, images) == pytest.approx(r, abs=0.0025)
     assert after < 0.9 * kl()
 
 

@@ -35,6 +35,7 @@ TINY = ltmp.ViTConfig(image_size=28, patch_size=7, dim=16, depth=2, heads=2, num
 TINY_MODEL = ["--model", "tiny", "--weights", "none"]
 # Eight steps, on Fashion-MNIST.
 TINY_RUN = [*TINY_MODEL, "--limit-train", "8", "-b", "2", "--epochs", "2", "--limit-val", "10"]
+TINY_RUN += ["--target", "0.75"]
 RECIPES = {"paper": train, "adaptive": adaptive}
 METRICS = {"top1", "top5", "dense_top1", "dense_top5", "flops_ratio", "gflops", "kl", "kept"}
 
@@ -135,7 +136,7 @@ def test_last_pt_knows_its_model_size_and_method(tiny, tmp_path, capsys, method)
     train.main([*flags, "--image-size", "14", "--out", str(tmp_path)])
     metrics = read(tmp_path / "metrics.json")
     last, again = str(tmp_path / "last.pt"), str(tmp_path / "again.json")
-    evaluate.main(["--weights", last, "--limit-val", "10", "--json", again])
+    evaluate.main(["--weights", last, "--limit-val", "10", "-b", "2", "--json", again])
     found = read(again)
     assert found["model"] == "tiny" and found["method"] == method
     assert found == {key: metrics[key] for key in metrics if key != "target"}
