@@ -292,9 +292,8 @@ def merge(tokens, key, importance, masker):
     decision = masker(torch.where(live_a, similarity, -math.inf))  # (B, Na) of 0 and 1
     merged = decision.bool()  # (B, Na)
 
-    # In training a pair that does not merge still gives the threshold a gradient, so all stay.
-    pairs = merged.flatten().nonzero()[:, 0] if tokens.mask is None else slice(None)
-    a, b, decided = (t.flatten()[pairs] for t in (rows_a, partner, decision))  # (M,) each
+    # All pairs, not only those that merge: to pick these out, a GPU would have to wait.
+    a, b, decided = (t.flatten() for t in (rows_a, partner, decision))  # (M,) each
 
     # The mean of all that merge into b, weighted by size.
     added = decided * tokens.size[a]  # (M,)
