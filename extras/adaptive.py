@@ -101,7 +101,8 @@ def choose(model, teacher, images, target):
 
     depth, rising = len(model.blocks), {}
     for i, step in landing.maskers(model):
-        rising[i, step] = landing.SHARE * (0.5 + i / depth) * (1 if step == "merge" else LITTLE)
+        share = landing.SHARE * (0.75 + 0.5 * i / depth)
+        rising[i, step] = share * (1 if step == "merge" else LITTLE)
     kl, shares = reach({key: share * (key[1] == "merge") for key, share in rising.items()})
     if kl == math.inf or not any(shares.values()):
         return landing.scale(model, images, target, rising)[1]
