@@ -16,7 +16,7 @@ from flops import flops_ratio, model_flops
 from . import landing, measuring, models, runtime
 from .run import Run
 
-STEP = 0.15  # longest step of all ranks together, times the root of the number of steps
+STEP = 0.3  # longest step of all ranks together, times min(1 - target, 0.5) / sqrt(steps)
 MEMORY = 0.03  # weight of the newest gradient in the average: it reaches back some thirty steps
 WIDTH = 0.05  # of ranks, to both sides, over which the slope of a threshold is taken
 LITTLE = 0.3  # how much is pruned at a start with pruning, as a share of what merges
@@ -68,7 +68,8 @@ def learn(model, train_set, images, args, device):
             by_rank = state.average * slopes, r_by_threshold * slopes
             direction = steer(*by_rank, r - args.target, learned)
             # Short while the average is young, and at the end.
-            length = STEP / math.sqrt(steps) * math.sin(math.pi * (run.step + 0.5) / steps)
+            longest = STEP * min(1 - args.target, 0.5) / math.sqrt(steps)
+            length = longest * math.sin(math.pi * (run.step + 0.5) / steps)
             state.ranks.sub_(length * direction).clamp_(0, 1)
             set_ranks(maskers, scores, state.ranks)
 
@@ -193,8 +194,7 @@ def steer(kl_by_rank, r_by_rank, distance, learned):
     """
     saved = (-r_by_rank).clamp(min=1e-4)  # (n,)
     price = kl_by_rank / saved  # (n,)
-    saved = saved * learned
     # Weighted by what they save: then r stays.
-    mean_price = (price * saved).sum() / saved.sum()
+    mean_price = (price * saved * learned).sum() / (saved * learned).sum()
     dear = F.normalize((price - mean_price) * learned, dim=0)
     return dear - min(max(distance / 0.01, -3), 3) * F.normalize(learned.float(), dim=0)
