@@ -1,6 +1,6 @@
-"""Images: files and folders of them, their transforms, the splits and batches of a run.
+"""Images: files and folders of them, their transforms, the splits of a data set.
 
-Read from top to bottom: image files, transforms, datasets, splits, batches.
+Read from top to bottom: image files, transforms, datasets, splits.
 
 A dataset here gives (image, class index) and has `.classes`; dataset.item(index, transform) is an
 item under another transform. Without a transform an image is a PIL image in RGB; `eval_transform`
@@ -405,48 +405,3 @@ def evenly(length, limit):
 def subset(dataset, limit):
     """`limit` items spread evenly over the dataset (all if None), so every class has its share."""
     return torch.utils.data.Subset(dataset, evenly(len(dataset), limit))
-
-
-def sample(dataset, count, seed):
-    """Up to `count` items of the dataset in random order."""
-    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-    return torch.utils.data.Subset(dataset, order[:count].tolist())
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches
-
-
-def epoch_batches(length, batch_size, epoch, seed):
-    """The batches of one epoch as lists of item numbers (see Augmented), in random order."""
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch))
-    return [batch.tolist() for batch in (order + epoch * length).split(batch_size)]
-
-
-class Readable(torch.utils.data.Dataset):
-    """A dataset that gives (None, (index, what is wrong)) for an item that cannot be read.
-
-    An error in a process that loads images would end the run with a traceback.
-    """
-
-    def __init__(self, dataset):
-        self.dataset = dataset
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def __getitem__(self, index):
-        try:
-            return self.dataset[index]
-        except ImageError as error:
-            return None, (index, str(error))
-
-
-def collate(items):
-    """Items of Readable -> images (B, 3, S, S), labels (B,), {index: what is wrong with it}."""
-    bad = dict(problem for image, problem in items if image is None)
-    good = [item for item in items if item[0] is not None]
-    if not good:
-        return torch.empty(0), torch.empty(0, dtype=torch.long), bad
-    images, labels = torch.utils.data.default_collate(good)
-    return images, labels, bad

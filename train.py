@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import data
 import ltmp
-from extras import adaptive, landing, measuring, models, runtime
+from extras import adaptive, batching, landing, measuring, models, runtime
 from extras.run import Run, check_folder
 from flops import model_flops
 
@@ -116,7 +116,7 @@ def main(argv=None):
     # Adaptive learning, and landing, look at images as validation sees them.
     train_set.transform = val_set.transform = models.clean_transform(model.config)
     if args.method != "dense":
-        images = runtime.load_images(train_set, args, device)  # (512, 3, S, S)
+        images = batching.load_images(train_set, args, device)  # (512, 3, S, S)
     transform = augmentation(train_set, model.config, args.recipe)
     augmented = data.Augmented(train_set, transform, args.seed, args.limit_train)
     try:

@@ -33,7 +33,7 @@ import torch
 
 import data
 import ltmp
-from extras import landing, models, runtime
+from extras import batching, landing, models, runtime
 from flops import flops_ratio
 
 # Images of a training step, and images that --share places thresholds on.
@@ -221,7 +221,7 @@ def load_images(dataset, count, args, device):
     """`count` images evenly spread over the dataset, repeated where it has fewer."""
     spread = [i * len(dataset) // count for i in range(count)]
     spread = torch.utils.data.Subset(dataset, spread)
-    loader = runtime.make_loader(spread, args, device, batch_size=count)
+    loader = batching.make_loader(spread, args, device, batch_size=count)
     images = torch.cat([images for images, _ in loader])
     runtime.say_skipped(set(loader.bad.values()))
     if not len(images):

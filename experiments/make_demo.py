@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import data
 import ltmp
-from extras import runtime, weights
+from extras import batching, runtime, weights
 
 SAVE_EVERY = 60  # seconds
 
@@ -127,7 +127,7 @@ def train(model, dataset, args):
     with runtime.Interrupts() as interrupts:
         for step in range(first, steps):
             epoch, place = divmod(step, per_epoch)
-            batch = data.epoch_batches(len(dataset), args.batch_size, epoch, args.seed)[place]
+            batch = batching.epoch_batches(len(dataset), args.batch_size, epoch, args.seed)[place]
             images, labels = torch.utils.data.default_collate([dataset[i] for i in batch])
             torch.manual_seed(args.seed + step)
             # The last quarter sees whole images, as inference does.

@@ -18,7 +18,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 
 import data
 import flops
-from extras import models, runtime
+from extras import batching, models, runtime
 
 INK, FADED, LINE, PAPER = (30, 30, 30), (110, 110, 110), (200, 200, 200), (255, 255, 255)
 GREEN, RED, BLUE, SHADE = (0, 120, 40), (200, 20, 20), (0, 90, 180), (200, 225, 245)
@@ -411,7 +411,7 @@ def draw_sheets(model, name, dataset, args, device):
     """Write --chart and --gallery, of --limit-val images of the dataset."""
     dataset.transform = models.clean_transform(model.config)
     images = data.subset(dataset, args.limit_val)
-    loader = runtime.make_loader(images, args, device, batch_size=args.batch_size)
+    loader = batching.make_loader(images, args, device, batch_size=args.batch_size)
     reduced = predict(model, loader, "images")
     kept = reduced[0]
     title = f"{name}, {model.method}: {kept.shape[1]} validation images"

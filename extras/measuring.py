@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 from flops import flops_ratio, model_flops
 
-from . import models, runtime
+from . import batching, models, runtime
 
 
 @torch.inference_mode()
@@ -29,7 +29,7 @@ def measure(model, dataset, args, device, dense=None):
             return twin(images)[0]
 
     own = runtime.own_share(dataset)
-    loader = runtime.make_loader(own, args, device, batch_size=args.batch_size)
+    loader = batching.make_loader(own, args, device, batch_size=args.batch_size)
     # Images; top-1 and top-5 hits; those of the twin; seconds of both; r; KL; tokens kept.
     sums = torch.zeros(9 + model.config.depth, dtype=torch.float64)
     progress = runtime.Progress()

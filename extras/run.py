@@ -6,9 +6,7 @@ import time
 
 import torch
 
-import data
-
-from . import runtime, weights
+from . import batching, runtime, weights
 
 SAVE_EVERY = 60  # seconds
 
@@ -101,9 +99,9 @@ class Run:
         per_epoch = math.ceil(len(dataset) / size)
         while self.step < self.total_steps:
             epoch, done = divmod(self.step, per_epoch)
-            batches = data.epoch_batches(len(dataset), size, epoch, self.args.seed)[done:]
+            batches = batching.epoch_batches(len(dataset), size, epoch, self.args.seed)[done:]
             own = [batch[me::count] or batch[:1] for batch in batches]
-            loader = runtime.make_loader(dataset, self.args, device, batch_sampler=own)
+            loader = batching.make_loader(dataset, self.args, device, batch_sampler=own)
             for batch, (images, labels) in zip(batches, loader, strict=True):
                 self.count = len(labels) if batch[me::count] else 0
                 if self.args.skip_bad_images:

@@ -1,8 +1,7 @@
-"""What every program here needs to run well: flags, messages, whole files, torchrun, images."""
+"""What every program here needs to run well: flags, messages, whole files, torchrun, devices."""
 
 import argparse
 import atexit
-import multiprocessing
 import os
 import re
 import signal
@@ -13,8 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-
-import data
 
 # --------------------------------------------------------------------------------------------------
 # Flags
@@ -353,84 +350,3 @@ def amp_context(device, amp):
     """Autocast to amp_dtype."""
     dtype = amp_dtype(device, amp)
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
-
-
-# --------------------------------------------------------------------------------------------------
-# Images
-
-
-class Loader(torch.utils.data.DataLoader):
-    """Batches (images, labels) of the images that can be read; .bad has what is wrong with others.
-
-    skip=False: the first image that cannot be read ends the program, told by the process that met
-    it. A batch without any good image is empty.
-    """
-
-    def __init__(self, dataset, skip, **options):
-        super().__init__(data.Readable(dataset), collate_fn=data.collate, **options)
-        self.skip = skip
-        self.speaker = processes()[0]
-        self.bad = {}
-
-    def __iter__(self):
-        for images, labels, bad in super().__iter__():
-            if bad and not self.skip:
-                first = next(iter(bad.values()))
-                stop(f"{first}; --skip-bad-images goes on without it", speaker=self.speaker)
-            self.bad |= bad
-            # A worker's tensor keeps a file open as long as it is kept, and labels often are.
-            yield images, labels.clone()
-
-
-def make_loader(dataset, args, device, **options):
-    """A Loader with the workers that --workers says, or that suit the data; pinned for CUDA."""
-    innermost = dataset
-    while hasattr(innermost, "dataset"):
-        innermost = innermost.dataset
-    workers = args.workers
-    if workers is None:
-        # A scheduler may grant fewer cores than there are.
-        granted = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if granted else os.cpu_count() or 1
-        workers = 0 if isinstance(innermost, data.FashionMNIST) else min(8, cores)
-    if workers:
-        atexit.register(end_workers)
-    return Loader(
-        dataset,
-        args.skip_bad_images,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_signals,
-        # Workers of a forkserver, the default from Python 3.14 on, outlive a run that is killed.
-        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
-        **options,
-    )
-
-
-def load_images(dataset, args, device, count=512):
-    """Up to `count` images of the first --limit-train, drawn by --seed -> (count, 3, S, S).
-
-    The same in every process. Ends the program where none can be read.
-    """
-    limited = data.subset(dataset, args.limit_train)
-    loader = make_loader(data.sample(limited, count, args.seed), args, device, batch_size=64)
-    loader.speaker = 0
-    batches = [images for images, _ in loader if len(images)]
-    if not batches:
-        stop(f"none of {len(limited)} training images could be read")
-    return torch.cat(batches).to(device)
-
-
-def ignore_signals(worker):
-    """Ctrl-C, or a scheduler's SIGTERM to all, reaches workers too; the main process ends them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def end_workers():
-    """At the end of the program, whatever ended it: Python would wait for workers for ever."""
-    # torch would take their end for a failure.
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for worker in multiprocessing.active_children():
-        worker.kill()

@@ -152,18 +152,6 @@ def test_what_is_wrong_with_a_transform_is_not_blamed_on_the_image(tmp_path):
         data.ImageFolder(tmp_path, lambda image: 1 / 0)[0]
 
 
-def test_images_that_cannot_be_read_are_told_beside_the_good_ones(tmp_path):
-    save_images(tmp_path, "a/0.png", "b/0.png")
-    (tmp_path / "a" / "1.png").write_bytes(b"not a picture")
-    readable = data.Readable(data.ImageFolder(tmp_path, data.eval_transform(8)))
-    items = [readable[i] for i in range(len(readable))]
-    images, labels, bad = data.collate(items)
-    assert images.shape == (2, 3, 8, 8) and labels.tolist() == [0, 1]
-    assert list(bad) == [1] and "1.png" in bad[1]
-    images, labels, bad = data.collate(items[1:2])
-    assert len(images) == len(labels) == 0 and labels.dtype == torch.long and list(bad) == [1]
-
-
 # --------------------------------------------------------------------------------------------------
 # Transforms
 
@@ -490,25 +478,8 @@ def test_a_class_with_a_single_image_cannot_be_split(tmp_path):
     assert "no data folder" in refusal(data.open_split, tmp_path / "absent", "train")
 
 
-def test_subsets_are_even_or_random():
+def test_subsets_are_even():
     dataset = data.FashionMNIST(data.DEMO_FILE, "test")
     assert data.evenly(10, 4) == [0, 2, 5, 7]
     assert data.evenly(3, None) == data.evenly(3, 9) == [0, 1, 2]
     assert data.subset(dataset, 4).indices == [0, 500, 1000, 1500]
-    drawn = data.sample(dataset, 50, seed=0).indices
-    assert len(set(drawn)) == 50 and drawn != sorted(drawn)
-    assert drawn == data.sample(dataset, 50, seed=0).indices
-    assert drawn != data.sample(dataset, 50, seed=1).indices
-
-
-# --------------------------------------------------------------------------------------------------
-# Batches
-
-
-def test_an_epoch_has_every_item_once_in_an_order_of_its_own():
-    batches = data.epoch_batches(10, 4, epoch=2, seed=0)
-    assert [len(batch) for batch in batches] == [4, 4, 2]
-    assert sorted(number for batch in batches for number in batch) == list(range(20, 30))
-    assert batches == data.epoch_batches(10, 4, 2, 0)
-    other = [[number + 10 for number in batch] for batch in data.epoch_batches(10, 4, 1, 0)]
-    assert batches != other and batches != data.epoch_batches(10, 4, 2, 1)

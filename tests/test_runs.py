@@ -28,7 +28,7 @@ import evaluate
 import flops
 import ltmp
 import train
-from extras import adaptive, landing, measuring, models, run, runtime
+from extras import adaptive, batching, landing, measuring, models, run, runtime
 
 ROOT = Path(__file__).parent.parent
 TINY = ltmp.ViTConfig(image_size=28, patch_size=7, dim=16, depth=2, heads=2, num_classes=10)
@@ -876,7 +876,7 @@ def test_two_processes_leave_out_the_same_bad_images_as_one(
     image_folder, tiny, tmp_path, capsys, recipe
 ):
     folder = image_folder(tmp_path / "images")
-    first, second = data.epoch_batches(8, 4, epoch=0, seed=0)
+    first, second = batching.epoch_batches(8, 4, epoch=0, seed=0)
     samples = data.ImageFolder(folder / "train").samples
     # All of one process in one batch, and all of another batch.
     bad = [samples[i][0] for i in first[1::2] + second]
@@ -905,7 +905,7 @@ def test_two_processes_leave_out_the_same_bad_images_as_one(
 @pytest.mark.parametrize("method", ["ltmp", "dense"])
 def test_a_bad_image_of_one_process_ends_both(image_folder, tiny, tmp_path, method):
     folder = image_folder(tmp_path / "images")
-    first = data.epoch_batches(8, 4, epoch=0, seed=0)[0]
+    first = batching.epoch_batches(8, 4, epoch=0, seed=0)[0]
     # Of the second process.
     bad = data.ImageFolder(folder / "train").samples[first[1]][0]
     Path(bad).write_bytes(b"no image")
@@ -915,26 +915,6 @@ def test_a_bad_image_of_one_process_ends_both(image_folder, tiny, tmp_path, meth
     said = (tmp_path / "said").read_text()
     assert 2 in codes and 0 not in codes, (codes, said)
     assert said.count(f"cannot read the image {bad}:") == 1 and "Traceback" not in said
-
-
-MANY_BATCHES = """
-import resource
-from types import SimpleNamespace
-import torch
-from extras import runtime
-
-resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
-items = torch.utils.data.TensorDataset(torch.zeros(200, 1), torch.arange(200))
-args = SimpleNamespace(workers=1, skip_bad_images=False)
-loader = runtime.make_loader(items, args, torch.device("cpu"), batch_size=1)
-kept = [labels for _, labels in loader]
-print(torch.cat(kept).sum().item())
-"""
-
-
-def test_labels_that_are_kept_keep_no_files_open():
-    done = subprocess.run([sys.executable, "-c", MANY_BATCHES], capture_output=True, text=True)
-    assert done.stdout.strip() == str(sum(range(200))), done.stderr
 
 
 def test_where_every_image_is_bad_it_says_so(image_folder, tiny, tmp_path, capsys):

@@ -1,0 +1,131 @@
+"""The batches of a run: which images, in which order, and the processes that load them."""
+
+import atexit
+import multiprocessing
+import os
+import signal
+import sys
+
+import torch
+
+import data
+
+from . import runtime
+
+
+def epoch_batches(length, batch_size, epoch, seed):
+    """The batches of one epoch as lists of item numbers (see data.Augmented), in random order."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch))
+    return [batch.tolist() for batch in (order + epoch * length).split(batch_size)]
+
+
+def sample(dataset, count, seed):
+    """Up to `count` items of the dataset in random order."""
+    order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+    return torch.utils.data.Subset(dataset, order[:count].tolist())
+
+
+class Readable(torch.utils.data.Dataset):
+    """A dataset that gives (None, (index, what is wrong)) for an item that cannot be read.
+
+    An error in a process that loads images would end the run with a traceback.
+    """
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+
+    def __len__(self):
+        return len(self.dataset)
+
+    def __getitem__(self, index):
+        try:
+            return self.dataset[index]
+        except data.ImageError as error:
+            return None, (index, str(error))
+
+
+def collate(items):
+    """Items of Readable -> images (B, 3, S, S), labels (B,), {index: what is wrong with it}."""
+    bad = dict(problem for image, problem in items if image is None)
+    good = [item for item in items if item[0] is not None]
+    if not good:
+        return torch.empty(0), torch.empty(0, dtype=torch.long), bad
+    images, labels = torch.utils.data.default_collate(good)
+    return images, labels, bad
+
+
+class Loader(torch.utils.data.DataLoader):
+    """Batches (images, labels) of the images that can be read; .bad has what is wrong with others.
+
+    skip=False: the first image that cannot be read ends the program, told by the process that met
+    it. A batch without any good image is empty.
+    """
+
+    def __init__(self, dataset, skip, **options):
+        super().__init__(Readable(dataset), collate_fn=collate, **options)
+        self.skip = skip
+        self.speaker = runtime.processes()[0]
+        self.bad = {}
+
+    def __iter__(self):
+        for images, labels, bad in super().__iter__():
+            if bad and not self.skip:
+                first = next(iter(bad.values()))
+                runtime.stop(f"{first}; --skip-bad-images goes on without it", speaker=self.speaker)
+            self.bad |= bad
+            # A worker's tensor keeps a file open as long as it is kept, and labels often are.
+            yield images, labels.clone()
+
+
+def make_loader(dataset, args, device, **options):
+    """A Loader with the workers that --workers says, or that suit the data; pinned for CUDA."""
+    innermost = dataset
+    while hasattr(innermost, "dataset"):
+        innermost = innermost.dataset
+    workers = args.workers
+    if workers is None:
+        # A scheduler may grant fewer cores than there are.
+        granted = hasattr(os, "sched_getaffinity")
+        cores = len(os.sched_getaffinity(0)) if granted else os.cpu_count() or 1
+        workers = 0 if isinstance(innermost, data.FashionMNIST) else min(8, cores)
+    if workers:
+        atexit.register(end_workers)
+    return Loader(
+        dataset,
+        args.skip_bad_images,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
+        # Workers of a forkserver, the default from Python 3.14 on, outlive a run that is killed.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
+        **options,
+    )
+
+
+def load_images(dataset, args, device, count=512):
+    """Up to `count` images of the first --limit-train, drawn by --seed -> (count, 3, S, S).
+
+    The same in every process. Ends the program where none can be read.
+    """
+    limited = data.subset(dataset, args.limit_train)
+    loader = make_loader(sample(limited, count, args.seed), args, device, batch_size=64)
+    loader.speaker = 0
+    batches = [images for images, _ in loader if len(images)]
+    if not batches:
+        runtime.stop(f"none of {len(limited)} training images could be read")
+    return torch.cat(batches).to(device)
+
+
+def ignore_signals(worker):
+    """Ctrl-C, or a scheduler's SIGTERM to all, reaches workers too; the main process ends them."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def end_workers():
+    """At the end of the program, whatever ended it: Python would wait for workers for ever."""
+    # torch would take their end for a failure.
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in multiprocessing.active_children():
+        worker.kill()
