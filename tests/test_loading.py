@@ -94,6 +94,8 @@ def test_weights_load_from_a_file_and_a_dict(tmp_path):
     for name in ("text", "code", "absent"):
         with pytest.raises(ValueError, match=f"^[^\n]*{name}[^\n]*$"):
             load_weights(create_model("demo"), tmp_path / name)
+    with pytest.raises(ValueError, match="the state dict is no state dict"):
+        load_weights(create_model("demo"), {0: torch.zeros(1)})
 
 
 @pytest.mark.parametrize(
