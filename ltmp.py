@@ -259,11 +259,14 @@ def bipartite_matching(key_a, key_b, live_b):
     key_a (B, Na, D), key_b (B, Nb, D), both of length 1, live_b (B, Nb)
     -> similarity (B, Na), place in B (B, Na).
     """
+    # 0 for the live, -inf for the dead.
+    log_live = live_b.to(key_a.dtype).log()[:, None]  # (B, 1, Nb)
     # In float32 under autocast too: half precision would round the similarities.
     with torch.autocast(key_a.device.type, enabled=False):
-        cosine = key_a @ key_b.transpose(1, 2)  # (B, Na, Nb)
+        cosine = torch.baddbmm(log_live, key_a, key_b.transpose(1, 2))  # (B, Na, Nb)
+    similarity, place = cosine.max(dim=2)
     # Rounding can lift a cosine above 1, and a threshold of 1 means: never merge.
-    return torch.where(live_b[:, None], cosine.clamp(max=1), -math.inf).max(dim=2)
+    return similarity.clamp(max=1), place
 
 
 def merge(tokens, key, importance, masker):
