@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from flops import flops_ratio, model_flops
+from ltmp import METHODS
 
 from . import landing, measuring, models, runtime
 from .run import Run
 
-STEP = 0.3  # longest step of all ranks together, times min(1 - target, 0.5) / sqrt(steps)
+STEP = 0.15  # longest step of all ranks together, times min(1 - target, 0.5) / sqrt(steps)
 MEMORY = 0.03  # weight of the newest gradient in the average: it reaches back some thirty steps
 WIDTH = 0.05  # of ranks, to both sides, over which the slope of a threshold is taken
 LITTLE = 0.3  # how much is pruned at a start with pruning, as a share of what merges
@@ -33,8 +34,8 @@ def learn(model, train_set, images, args, device):
     with torch.autocast(device.type, enabled=False):
         shares = runtime.agreed(choose(model, teacher, images[:128], args.target))
     scores = start_scores(model, images[:128], shares)
-    learned = torch.tensor([shares[key] > 0 for key in maskers], device=device)
-    ranks = torch.tensor(list(shares.values()), device=device)
+    ranks = torch.tensor(list(shares.values()), device=device).clamp(max=1)  # (n,)
+    learned = (ranks > 0) & (ranks < 1)
     for key, masker in maskers.items():
         masker.tau = 0.5 * interquartile_range(scores[key])
     model.requires_grad_(False)
@@ -65,8 +66,8 @@ def learn(model, train_set, images, args, device):
 
             slopes = rank_slopes(maskers, scores, state.ranks)  # (n,)
             state.average.lerp_(torch.cat([t.grad for t in thresholds]), MEMORY)
-            by_rank = state.average * slopes, r_by_threshold * slopes
-            direction = steer(*by_rank, r - args.target, learned)
+            kl_by_rank, r_by_rank = state.average * slopes, r_by_threshold * slopes
+            direction = steer(kl_by_rank, r_by_rank, r - args.target, learned)
             # Short while the average is young, and at the end.
             longest = STEP * min(1 - args.target, 0.5) / math.sqrt(steps)
             length = longest * math.sin(math.pi * (run.step + 0.5) / steps)
@@ -74,19 +75,19 @@ def learn(model, train_set, images, args, device):
             set_ranks(maskers, scores, state.ranks)
 
             top1 = 100 * run.mean((logits.argmax(1) == labels).float()).item()
-            text = f"KL {kl:.2g}, r {r:.3f} (target {args.target:g})"
-            run.end_step((kl.item(), r, top1), text)
+            said = f"KL {kl:.2g}, r {r:.3f} (target {args.target:g})"
+            run.end_step((kl.item(), r, top1), said)
     return run
 
 
 def choose(model, teacher, images, target):
-    """The shares to start from. They rise with depth. A share of 0 is not learned.
+    """The shares to start from. Shares of 0 and 1 are not learned.
 
-    A gradient tells what the next token costs, not what all up to a rank cost together. So starts
-    at the same r are compared by the root of their KL. First: merging in all blocks. Second: none
-    in the first block; kept if better. Third: a little pruning in the second half; kept if at most
-    a tenth worse, since it is yet to be learned. If merging misses the target, both start in all
-    blocks.
+    Nothing reads what the last block could remove, so there all tokens go. A gradient tells what
+    the next token costs, not what all up to a rank cost. So starts at the same r are compared by
+    the root of their KL. First: merging in the other blocks, with shares that rise. Second: none in
+    the first; kept if better. Third: a little pruning in the second half; kept if at most a tenth
+    worse, since it is yet to be learned. If merging misses the target, both start everywhere.
     """
     wanted = predict(teacher, images)
     tolerance = min(0.002, 0.02 * (1 - target))
@@ -100,15 +101,20 @@ def choose(model, teacher, images, target):
         # The mean of the KL itself depends on a few images.
         return kl.clamp(min=0).sqrt().mean().item(), shares
 
-    depth, rising = len(model.blocks), {}
+    steps, last = METHODS[model.method], len(model.blocks) - 1
+    both = {}
     for i, step in landing.maskers(model):
-        share = landing.SHARE * (0.75 + 0.5 * i / depth)
-        rising[i, step] = share * (1 if step == "merge" else LITTLE)
-    kl, shares = reach({key: share * (key[1] == "merge") for key, share in rising.items()})
-    if kl == math.inf or not any(shares.values()):
-        return landing.scale(model, images, target, rising)[1]
+        part = 1 if step == "merge" else LITTLE
+        both[i, step] = landing.SHARE * part * (0.75 + 0.5 * i / (last + 1))
+    both |= {(last, step): 0.0 for step in steps}
+    # 10: all, also where scaling makes the other shares small.
+    both[last, "prune" if "prune" in steps else "merge"] = 10.0
+    prunes = [key for key in both if key[1] == "prune" and key[0] < last]
+    kl, shares = reach(both | dict.fromkeys(prunes, 0.0)) if "merge" in steps else (math.inf, both)
+    if kl == math.inf:
+        return landing.scale(model, images, target, both)[1]
     runtime.say(f"start: merging in all blocks, root of the KL {kl:.3g}")
-    late = [key for key in shares if key[1] == "prune" and key[0] >= depth / 2]
+    late = [key for key in prunes if key[0] > last / 2]
     # What to try, as a share of what the block merges; where; how much worse it may be.
     trials = [("none in the first", 0.0, [(0, "merge")], 1)]
     trials += [("a little pruning", LITTLE, late, 1.1)] if late else []
@@ -126,25 +132,11 @@ def predict(model, images):
     return torch.cat([model.eval()(batch)[0].double() for batch in images.split(64)])
 
 
-@torch.no_grad()
 def start_scores(model, images, shares):
     """Place the thresholds at their shares. Returns the scores that each meets, sorted (n,)."""
-    # A threshold that only the class token reaches meets no scores.
-    scores = {key: images.new_empty(0) for key in landing.maskers(model)}
-    hooks = []
-
-    def recording(key):
-        def record(masker, inputs):
-            scores[key] = inputs[0][inputs[0].isfinite()].sort().values
-
-        return record
-
-    for key, masker in landing.maskers(model).items():
-        hooks.append(masker.register_forward_pre_hook(recording(key)))
     landing.place(model, images, shares)
-    for hook in hooks:
-        hook.remove()
-    return scores
+    scores, _ = landing.scores_met(model, images)
+    return {key: found.sort().values for key, found in scores.items()}
 
 
 def interquartile_range(scores):
@@ -195,6 +187,6 @@ def steer(kl_by_rank, r_by_rank, distance, learned):
     saved = (-r_by_rank).clamp(min=1e-4)  # (n,)
     price = kl_by_rank / saved  # (n,)
     # Weighted by what they save: then r stays.
-    mean_price = (price * saved * learned).sum() / (saved * learned).sum()
+    mean_price = (price * saved * learned).sum() / (saved * learned).sum().clamp(min=1e-4)
     dear = F.normalize((price - mean_price) * learned, dim=0)
     return dear - min(max(distance / 0.01, -3), 3) * F.normalize(learned.float(), dim=0)

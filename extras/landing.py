@@ -1,7 +1,7 @@
 """Thresholds by the share that they remove, and the one number that brings r to a target.
 
 A share knows no scale: importances of 1/197 and similarities of 0.99 are steered alike. Shares are
-a dict {(block, "merge" or "prune"): share}, 0 for off and 1 for all.
+a dict {(block, "merge" or "prune"): share}, 0 for off, 1 and more for all.
 """
 
 import math
@@ -33,19 +33,18 @@ def maskers(model):
 
 
 def threshold_at(step, scores, share):
-    """The threshold () between the scores (n,) that removes this share of them, from 0 to 1.
+    """The threshold () between the scores (n,) that removes this share of them.
 
     The most similar tokens merge, the least important are dropped. Share 0 gives 1 for merge and 0
-    for prune, where both are off.
+    for prune, where both are off; 1 and more removes all.
     """
-    count = round(share * len(scores))
+    count = round(min(share, 1.0) * len(scores))
     if count == 0:
         return scores.new_tensor(1.0 if step == "merge" else 0.0)
     # Sorted by who goes first. A threshold halfway between two scores does not hang on rounding.
     scores = scores.sort(descending=step == "merge").values
-    following = scores[min(count, len(scores) - 1)]
-    if step == "merge" and count == len(scores):
-        following = scores.new_tensor(0.0)
+    end = scores.new_tensor(0.0 if step == "merge" else 1.0)
+    following = scores[count] if count < len(scores) else end
     return ((scores[count - 1] + following) / 2).clamp(0, 1)
 
 
@@ -91,25 +90,35 @@ def measure(model, images):
 
 
 @torch.no_grad()
-def shares_of(model, images):
-    """The share that each threshold now removes of what it meets, as a dict, and r."""
-    found = {key: 0.0 for key in maskers(model)}
+def scores_met(model, images):
+    """The scores (n,) that each threshold meets, as a dict, and r."""
+    # A threshold that only the class token reaches meets none.
+    found = {key: images.new_empty(0) for key in maskers(model)}
     hooks = []
 
-    def counting(key):
-        def count(masker, inputs):
-            scores = inputs[0][inputs[0].isfinite()]  # (n,)
-            above = (scores > masker.threshold).double().mean().item() if len(scores) else 0.0
-            found[key] = above if key[1] == "merge" else 1 - above
+    def recording(key):
+        def record(masker, inputs):
+            found[key] = inputs[0][inputs[0].isfinite()]
 
-        return count
+        return record
 
     for key, masker in maskers(model).items():
-        hooks.append(masker.register_forward_pre_hook(counting(key)))
+        hooks.append(masker.register_forward_pre_hook(recording(key)))
     r = measure(model, images)
     for hook in hooks:
         hook.remove()
     return found, r
+
+
+def shares_of(model, images):
+    """The share that each threshold now removes of what it meets, as a dict, and r."""
+    scores, r = scores_met(model, images)
+    shares = {}
+    for key, masker in maskers(model).items():
+        found = scores[key]
+        above = (found > masker.threshold).double().mean().item() if len(found) else 0.0
+        shares[key] = above if key[1] == "merge" else 1 - above
+    return shares, r
 
 
 def scale(model, images, target, shares, tolerance=0.002, now=None):
@@ -121,7 +130,7 @@ def scale(model, images, target, shares, tolerance=0.002, now=None):
     largest = 1 / min((share for share in shares.values() if share > 0), default=1)
 
     def scaled(factor):
-        return {key: min(1.0, factor * share) for key, share in shares.items()}
+        return {key: factor * share for key, share in shares.items()}
 
     low, factor = (0.0, 1.0), 1.0
     r = place(model, images, shares) if now is None else now

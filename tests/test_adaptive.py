@@ -66,6 +66,24 @@ def test_steer_moves_only_what_is_learned():
     assert adaptive.steer(kl, r, 0.0, learned) @ r == pytest.approx(0, abs=1e-6)
 
 
+def test_steer_moves_nothing_where_nothing_is_learned():
+    assert not adaptive.steer(*random_gradients(), 0.01, ~ALL).any()
+
+
+@pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
+def test_what_the_last_block_removes_changes_no_prediction(spread_model, method):
+    model = spread_model(0, method, depth=3, prefix_tokens=2, head_tokens=2)
+    size, maskers = model.config.image_size, landing.maskers(model)
+    images = torch.randn(4, 3, size, size, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for share in (0.0, 1.0):
+        landing.place(model, images, {key: share if key[0] == 2 else 0.1 for key in maskers})
+        with torch.no_grad():
+            found[share] = model(images)
+    assert (found[1.0][1][2] < found[0.0][1][2]).all()
+    torch.testing.assert_close(found[1.0][0], found[0.0][0])
+
+
 def test_thresholds_that_only_the_class_token_reaches_can_start(spread_model):
     model = spread_model(0, "ltpm", depth=3)
     size, maskers = model.config.image_size, landing.maskers(model)
@@ -94,7 +112,7 @@ def test_ranks_are_shares_of_the_scores_met(spread_model):
 
 @pytest.mark.parametrize(
     "seed, target, part, first, prunes",
-    [(0, 0.8, 0.3, False, True), (5, 0.52, 0.3, True, True), (1, 0.8, 1.0, False, False)],
+    [(0, 0.8, 0.3, False, True), (3, 0.5, 0.3, True, True), (1, 0.8, 1.0, False, False)],
 )
 @pytest.mark.parametrize("method", ["ltmp", "ltpm"])
 def test_a_start_has_what_pays_at_the_same_r(
@@ -106,12 +124,13 @@ def test_a_start_has_what_pays_at_the_same_r(
     teacher = models.with_method(model, "dense").eval()
     shares = adaptive.choose(model, teacher, images, target)
     assert landing.place(model, images, shares) == pytest.approx(target, abs=0.002)
-    merged = [shares[i, "merge"] for i in range(5)]
-    assert merged[1:] == pytest.approx([merged[4] * (0.75 + i / 10) / 1.15 for i in range(1, 5)])
-    assert merged[0] == pytest.approx(merged[4] * 0.75 / 1.15 if first else 0)
+    *merged, last = (shares[i, "merge"] for i in range(5))
+    assert merged[1:] == pytest.approx([merged[3] * (0.75 + i / 10) / 1.05 for i in range(1, 4)])
+    assert merged[0] == pytest.approx(merged[3] * 0.75 / 1.05 if first else 0)
     pruned = [shares[i, "prune"] for i in range(5)]
-    assert pruned[:3] == [0, 0, 0]
-    assert pruned[3:] == pytest.approx([prunes * part * share for share in merged[3:]])
+    assert pruned[:4] == [0, 0, 0, pytest.approx(prunes * part * merged[3])]
+    # All go in the last block: nothing reads them.
+    assert last == 0 and pruned[4] >= 1
 
     # The comparison, computed directly.
     def root(start):
@@ -121,15 +140,16 @@ def test_a_start_has_what_pays_at_the_same_r(
         return (p.exp() * (p - q)).sum(1).sqrt().mean().item()
 
     start = {key: (0.75 + key[0] / 10) / 10 * (key[1] == "merge") for key in shares}
+    start |= {(4, "merge"): 0.0, (4, "prune"): 10.0}
     without = start | {(0, "merge"): 0.0}
     roots = [root(start), root(without)]
     assert (roots[0] <= roots[1]) == first
     start = start if first else without
-    little = {(i, "prune"): part * start[i, "merge"] for i in (3, 4)}
+    little = {(3, "prune"): part * start[3, "merge"]}
     roots.append(root(start | little))
     assert (roots[2] < 1.1 * min(roots[:2])) == prunes
     told = [float(value) for value in re.findall(r"[ ](0\.\d+)", capsys.readouterr().err)]
-    assert told == pytest.approx(roots, rel=0.02)
+    assert told == pytest.approx(roots, rel=0.05)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +164,8 @@ def test_where_merging_misses_the_target_both_start_in_all_blocks(
     shares = adaptive.choose(model, models.with_method(model, "dense").eval(), images, target)
     assert landing.place(model, images, shares) == pytest.approx(target, abs=0.002)
     if target < 1:
-        assert min(shares.values()) > 0
+        off = [key for key in shares if not shares[key]]
+        assert off == ([(depth - 1, "merge")] if method == "ltmp" else [])
 
 
 @pytest.mark.parametrize("depth, target", [(1, 0.95), (2, 0.9), (4, 0.99), (4, 0.7)])
