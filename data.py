@@ -317,27 +317,6 @@ def read_idx(path, item_shape):
         raise ValueError(f"cannot read {path}: {error}") from None
 
 
-class Augmented(torch.utils.data.Dataset):
-    """A dataset, or `limit` items of it, under a random transform.
-
-    Item number epoch * len(self) + index depends on (seed, epoch, index) alone: it is the same
-    whichever process makes it, and when.
-    """
-
-    def __init__(self, dataset, transform, seed, limit=None):
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
-        self.indices = evenly(len(dataset), limit)
-
-    def __len__(self):
-        return len(self.indices)
-
-    def __getitem__(self, number):
-        transform = partial(self.transform, rng=random.Random(f"{self.seed} {number}"))
-        return self.dataset.item(self.indices[number % len(self)], transform)
-
-
 # --------------------------------------------------------------------------------------------------
 # Splits
 
@@ -394,14 +373,3 @@ def draw_split(samples, split, val_fraction, seed):
         count = max(1, round(val_fraction * len(own)))
         chosen += sorted(own[:count] if split == "val" else own[count:])
     return chosen
-
-
-def evenly(length, limit):
-    """The indices of `limit` of length items, spread evenly (all if None)."""
-    count = length if limit is None else min(limit, length)
-    return [i * length // count for i in range(count)]
-
-
-def subset(dataset, limit):
-    """`limit` items spread evenly over the dataset (all if None), so every class has its share."""
-    return torch.utils.data.Subset(dataset, evenly(len(dataset), limit))

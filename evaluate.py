@@ -11,8 +11,7 @@ Pictures, speed and the frontier of all methods: see experiments/.
 import json
 import sys
 
-import data
-from extras import measuring, models, runtime
+from extras import batching, measuring, models, runtime
 
 
 def parse_args(argv=None):
@@ -36,7 +35,7 @@ def main(argv=None):
     except ValueError as error:
         runtime.stop(error)
     val_set.transform = models.clean_transform(model.config)
-    images = data.subset(val_set, args.limit_val)
+    images = batching.subset(val_set, args.limit_val)
     metrics, bad = measuring.measure(model.to(device), images, args, device)
     metrics = {"model": name, "method": model.method} | metrics
     runtime.say(measuring.report(metrics), sys.stdout)

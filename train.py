@@ -118,7 +118,7 @@ def main(argv=None):
     if args.method != "dense":
         images = batching.load_images(train_set, args, device)  # (512, 3, S, S)
     transform = augmentation(train_set, model.config, args.recipe)
-    augmented = data.Augmented(train_set, transform, args.seed, args.limit_train)
+    augmented = batching.Augmented(train_set, transform, args.seed, args.limit_train)
     try:
         if args.recipe == "adaptive":
             with runtime.amp_context(device, args.amp):
@@ -134,7 +134,7 @@ def main(argv=None):
                 land(run, model, images, args)
         thresholds = json.dumps(result(model, args, len(augmented)), indent=1)
         runtime.write_file(args.out / "thresholds.json", thresholds)
-    val_set = data.subset(val_set, args.limit_val)
+    val_set = batching.subset(val_set, args.limit_val)
     metrics, bad = measuring.measure(model, val_set, args, device)
     goal = {} if args.method == "dense" else {"target": args.target}
     metrics = {"model": args.model, "method": args.method} | goal | metrics

@@ -31,7 +31,6 @@ from pathlib import Path
 
 import torch
 
-import data
 import ltmp
 from extras import batching, landing, models, runtime
 from flops import flops_ratio
@@ -166,7 +165,7 @@ def benchmark(model, images, args):
     plain = copy.deepcopy(model)
     plain.attention = ltmp.PLAIN_ATTENTION
 
-    some = images[data.evenly(len(images), TRAINING)]
+    some = images[batching.evenly(len(images), TRAINING)]
     # Without cuDNN a convolution does not round to TF32.
     with torch.backends.cudnn.flags(enabled=False):
         for drop, how in ((True, "dropping"), (False, "masking")):
@@ -193,7 +192,7 @@ def benchmark(model, images, args):
     runtime.say(f"{'':<10}{'images':>7}  {'run':<17}{head}", sys.stdout)
     rows = []
     for count in args.batch_sizes:
-        batch = images[data.evenly(len(images), count)]
+        batch = images[batching.evenly(len(images), count)]
         kept = infer(model, batch, args.amp)[1].cpu().double()  # (depth, B)
         counts = kept.mean(1).round().int().tolist()
         runs = {
@@ -263,9 +262,9 @@ def main(argv=None):
         model, name = choose_model(args)
         dataset.transform = models.clean_transform(model.to(device).config)
         count = max(PLACING, *args.batch_sizes)
-        images = load_images(data.subset(dataset, args.limit_val), count, args, device)
+        images = load_images(batching.subset(dataset, args.limit_val), count, args, device)
         if args.share:
-            some, shares = images[data.evenly(len(images), PLACING)], landing.maskers(model)
+            some, shares = images[batching.evenly(len(images), PLACING)], landing.maskers(model)
             landing.place(model, some, dict.fromkeys(shares, args.share))
         dtype = runtime.amp_dtype(device, args.amp) or torch.float32
         found = {

@@ -26,7 +26,7 @@ import torch
 from torch import nn
 
 import data
-from extras import landing, models, runtime
+from extras import batching, landing, models, runtime
 from flops import flops_ratio
 
 from . import benchmark
@@ -189,7 +189,7 @@ def main(argv=None):
         dataset = models.open_split(args, "val")
         model, name = models.chosen_model(args)
         dataset.transform = models.clean_transform(model.config)
-        dataset = data.subset(dataset, args.limit_val)
+        dataset = batching.subset(dataset, args.limit_val)
         images = benchmark.load_images(dataset, args.check, args, torch.device("cpu"))
         r = flops_ratio(benchmark.infer(model, images)[1].double(), model.config).item()
         files, sessions = {"reduced": (out, model)}, {}

@@ -15,9 +15,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-import data
 import ltmp
-from extras import measuring, models, runtime
+from extras import batching, measuring, models, runtime
 from flops import model_flops
 
 TRAIN = Path(__file__).parent.parent / "train.py"
@@ -231,7 +230,7 @@ def main(argv=None):
         models.number_classes(dense, dataset)
         models.check_classes(dataset, dense)
         dataset.transform = models.clean_transform(dense.config)
-        rows = frontier(dense, data.subset(dataset, args.limit_val), args, device)
+        rows = frontier(dense, batching.subset(dataset, args.limit_val), args, device)
     except ValueError as error:
         runtime.stop(error)
     points = points_of(rows)

@@ -64,7 +64,7 @@ def make_vit(args):
     # The clothes are centred and fill the image: of the augmentation only the flip makes sense.
     flip = data.train_transform(config.image_size, config.mean, config.std, (1, 1), jitter=0)
     dataset = data.FashionMNIST(args.data or data.DEMO_FILE, "train")
-    train(model, data.Augmented(dataset, flip, args.seed), args)
+    train(model, batching.Augmented(dataset, flip, args.seed), args)
     path = args.out / "vit_demo.pth"
     write_torch(path, {name: value.half() for name, value in model.state_dict().items()})
     print(f"{path}: measure it by evaluate.py --model demo --method dense --weights {path}")
@@ -109,7 +109,7 @@ def learning_rate(step, steps, peak):
 
 
 def train(model, dataset, args):
-    """Train all weights over dataset, a data.Augmented. Ctrl-C saves last.pt and stops.
+    """Train all weights over dataset, a batching.Augmented. Ctrl-C saves last.pt and stops.
 
     What a step draws depends on the seed and the step alone, so a resumed run ends as one that was
     not interrupted. Raises ValueError where --resume finds no run of the same settings.

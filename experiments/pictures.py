@@ -410,7 +410,7 @@ def chart(model, kept, title):
 def draw_sheets(model, name, dataset, args, device):
     """Write --chart and --gallery, of --limit-val images of the dataset."""
     dataset.transform = models.clean_transform(model.config)
-    images = data.subset(dataset, args.limit_val)
+    images = batching.subset(dataset, args.limit_val)
     loader = batching.make_loader(images, args, device, batch_size=args.batch_size)
     reduced = predict(model, loader, "images")
     kept = reduced[0]

@@ -24,7 +24,7 @@ LITTLE = 0.3  # how much is pruned at a start with pruning, as a share of what m
 
 
 def learn(model, train_set, images, args, device):
-    """Learn the thresholds of model, in place, on a data.Augmented. Returns the Run.
+    """Learn the thresholds of model, in place, on a batching.Augmented. Returns the Run.
 
     images (n, 3, S, S): as validation sees them, for the start. Raises OutOfReach.
     """
@@ -75,8 +75,8 @@ def learn(model, train_set, images, args, device):
             set_ranks(maskers, scores, state.ranks)
 
             top1 = 100 * run.mean((logits.argmax(1) == labels).float()).item()
-            said = f"KL {kl:.2g}, r {r:.3f} (target {args.target:g})"
-            run.end_step((kl.item(), r, top1), said)
+            text = f"KL {kl:.2g}, r {r:.3f} (target {args.target:g})"
+            run.end_step((kl.item(), r, top1), text)
     return run
 
 
@@ -134,8 +134,8 @@ def predict(model, images):
 
 def start_scores(model, images, shares):
     """Place the thresholds at their shares. Returns the scores that each meets, sorted (n,)."""
-    landing.place(model, images, shares)
-    scores, _ = landing.scores_met(model, images)
+    with landing.Placing(model, shares):
+        scores, _ = landing.scores_met(model, images)
     return {key: found.sort().values for key, found in scores.items()}
 
 

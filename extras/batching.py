@@ -3,8 +3,10 @@
 import atexit
 import multiprocessing
 import os
+import random
 import signal
 import sys
+from functools import partial
 
 import torch
 
@@ -13,16 +15,48 @@ import data
 from . import runtime
 
 
-def epoch_batches(length, batch_size, epoch, seed):
-    """The batches of one epoch as lists of item numbers (see data.Augmented), in random order."""
-    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch))
-    return [batch.tolist() for batch in (order + epoch * length).split(batch_size)]
+def evenly(length, limit):
+    """The indices of `limit` of length items, spread evenly (all if None)."""
+    count = length if limit is None else min(limit, length)
+    return [i * length // count for i in range(count)]
+
+
+def subset(dataset, limit):
+    """`limit` items spread evenly over the dataset (all if None), so every class has its share."""
+    return torch.utils.data.Subset(dataset, evenly(len(dataset), limit))
 
 
 def sample(dataset, count, seed):
     """Up to `count` items of the dataset in random order."""
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
     return torch.utils.data.Subset(dataset, order[:count].tolist())
+
+
+class Augmented(torch.utils.data.Dataset):
+    """A dataset, or `limit` items of it, under a random transform.
+
+    Item number epoch * len(self) + index depends on (seed, epoch, index) alone: it is the same
+    whichever process makes it, and when.
+    """
+
+    def __init__(self, dataset, transform, seed, limit=None):
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+        self.indices = evenly(len(dataset), limit)
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, number):
+        transform = partial(self.transform, rng=random.Random(f"{self.seed} {number}"))
+        return self.dataset.item(self.indices[number % len(self)], transform)
+
+
+def epoch_batches(length, batch_size, epoch, seed):
+    """The batches of one epoch as lists of item numbers (see Augmented), in random order."""
+    order = torch.randperm(length, generator=torch.Generator().manual_seed(seed + epoch))
+    return [batch.tolist() for batch in (order + epoch * length).split(batch_size)]
 
 
 class Readable(torch.utils.data.Dataset):
@@ -107,7 +141,7 @@ def load_images(dataset, args, device, count=512):
 
     The same in every process. Ends the program where none can be read.
     """
-    limited = data.subset(dataset, args.limit_train)
+    limited = subset(dataset, args.limit_train)
     loader = make_loader(sample(limited, count, args.seed), args, device, batch_size=64)
     loader.speaker = 0
     batches = [images for images, _ in loader if len(images)]

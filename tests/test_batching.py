@@ -9,6 +9,21 @@ import data
 from extras import batching
 
 
+def test_augmented_items_depend_on_seed_epoch_and_index_alone():
+    dataset = data.FashionMNIST(data.DEMO_FILE, "train")
+    first, again, other = (
+        batching.Augmented(dataset, data.train_transform(28), seed) for seed in (0, 0, 1)
+    )
+    n = len(dataset)
+    assert first[5][1] == first[5 + n][1] == dataset[5][1]
+    again[7]
+    assert torch.equal(first[5][0], again[5][0])
+    assert not torch.equal(first[5][0], first[5 + n][0])
+    assert not torch.equal(first[5][0], other[5][0])
+    few = batching.Augmented(dataset, data.train_transform(28), 0, limit=10)
+    assert len(few) == 10 and few[13][1] == dataset[900][1]
+
+
 def test_an_epoch_has_every_item_once_in_an_order_of_its_own():
     batches = batching.epoch_batches(10, 4, epoch=2, seed=0)
     assert [len(batch) for batch in batches] == [4, 4, 2]
@@ -16,6 +31,13 @@ def test_an_epoch_has_every_item_once_in_an_order_of_its_own():
     assert batches == batching.epoch_batches(10, 4, 2, 0)
     other = [[number + 10 for number in batch] for batch in batching.epoch_batches(10, 4, 1, 0)]
     assert batches != other and batches != batching.epoch_batches(10, 4, 2, 1)
+
+
+def test_subsets_are_even():
+    dataset = data.FashionMNIST(data.DEMO_FILE, "test")
+    assert batching.evenly(10, 4) == [0, 2, 5, 7]
+    assert batching.evenly(3, None) == batching.evenly(3, 9) == [0, 1, 2]
+    assert batching.subset(dataset, 4).indices == [0, 500, 1000, 1500]
 
 
 def test_a_sample_is_drawn_by_its_seed():

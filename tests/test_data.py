@@ -414,21 +414,6 @@ def test_original_fashion_mnist_is_read_and_damage_is_named(tmp_path):
     assert "train-images" in refusal(data.FashionMNIST, tmp_path, "train")
 
 
-def test_augmented_items_depend_on_seed_epoch_and_index_alone():
-    dataset = data.FashionMNIST(data.DEMO_FILE, "train")
-    first, again, other = (
-        data.Augmented(dataset, data.train_transform(28), seed) for seed in (0, 0, 1)
-    )
-    n = len(dataset)
-    assert first[5][1] == first[5 + n][1] == dataset[5][1]
-    again[7]
-    assert torch.equal(first[5][0], again[5][0])
-    assert not torch.equal(first[5][0], first[5 + n][0])
-    assert not torch.equal(first[5][0], other[5][0])
-    few = data.Augmented(dataset, data.train_transform(28), 0, limit=10)
-    assert len(few) == 10 and few[13][1] == dataset[900][1]
-
-
 # --------------------------------------------------------------------------------------------------
 # Splits
 
@@ -476,10 +461,3 @@ def test_a_class_with_a_single_image_cannot_be_split(tmp_path):
     save_images(tmp_path, "a/0.png", "a/1.png", "b/0.png")
     assert "two at least" in refusal(data.open_split, tmp_path, "train", None, 0.5)
     assert "no data folder" in refusal(data.open_split, tmp_path / "absent", "train")
-
-
-def test_subsets_are_even():
-    dataset = data.FashionMNIST(data.DEMO_FILE, "test")
-    assert data.evenly(10, 4) == [0, 2, 5, 7]
-    assert data.evenly(3, None) == data.evenly(3, 9) == [0, 1, 2]
-    assert data.subset(dataset, 4).indices == [0, 500, 1000, 1500]

@@ -13,7 +13,7 @@ import data
 import flops
 import ltmp
 from experiments import pictures
-from extras import models
+from extras import batching, models
 
 THRESHOLDS = {
     "method": "ltmp",
@@ -310,7 +310,7 @@ def found():
     """60 images under THRESHOLDS: kept (12, 60), logits, dense logits, labels."""
     model = ltmp.load_thresholds(demo_model(), THRESHOLDS)
     samples = data.open_split(None, "val", models.clean_transform(model.config))
-    images, labels = zip(*data.subset(samples, 60), strict=True)
+    images, labels = zip(*batching.subset(samples, 60), strict=True)
     batch = torch.stack(images)
     with torch.inference_mode():
         logits, kept = model(batch)

@@ -174,7 +174,7 @@ def test_r_in_the_metrics_is_what_inference_kept(tmp_path):
     model = models.build_model("demo", "ltmp", models.read_weights("demo", None)).eval()
     ltmp.load_thresholds(model, models.DEMO_THRESHOLDS)
     val = data.open_split(None, "val", models.clean_transform(model.config))
-    images = torch.stack([image for image, _ in data.subset(val, 10)])
+    images = torch.stack([image for image, _ in batching.subset(val, 10)])
     with torch.no_grad():
         kept = model(images)[1].double()
     metrics = read(tmp_path / "m.json")
@@ -190,7 +190,7 @@ def test_evaluation_of_other_methods_equals_a_direct_computation(tmp_path, metho
     metrics = read(tmp_path / "m.json")
     assert metrics["kept"] == [197.0 - (r or 0) * (i + 1) for i in range(12)]
     val = data.open_split(None, "val", models.clean_transform(ltmp.VARIANTS["demo"]))
-    images, labels = zip(*data.subset(val, 20), strict=True)
+    images, labels = zip(*batching.subset(val, 20), strict=True)
     state = models.read_weights("demo", None)
     model = models.build_model("demo", method, state, r=r).eval()
     twin = models.build_model("demo", "dense", state).eval()
@@ -228,7 +228,7 @@ def test_landing_meets_the_target_and_can_be_left_out(tiny, tmp_path):
     state = models.read_weights("tiny", tmp_path / "landed" / "last.pt")
     model = models.build_model("tiny", "ltmp", state)
     train_set = data.open_split(None, "train", models.clean_transform(TINY))
-    images = torch.stack([image for image, _ in data.subset(train_set, 64)])
+    images = torch.stack([image for image, _ in batching.subset(train_set, 64)])
     assert landing.measure(model, images) == pytest.approx(0.75, abs=0.003)
 
 
@@ -334,7 +334,7 @@ def test_only_the_images_of_limit_train_are_read(image_folder, tiny, tmp_path, m
     flags = [*TINY_MODEL, "--data", str(folder), "--workers", "0", "--recipe", recipe]
     train.main([*flags, "--limit-train", "3", "--epochs", "2", "--out", str(tmp_path / "out")])
     samples = data.ImageFolder(folder / "train").samples
-    wanted = {samples[i][0] for i in data.evenly(len(samples), 3)}
+    wanted = {samples[i][0] for i in batching.evenly(len(samples), 3)}
     assert {path for path in opened if f"{os.sep}train{os.sep}" in str(path)} == wanted
 
 
