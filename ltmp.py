@@ -83,7 +83,7 @@ DEIT_S = ViTConfig()
 DEIT3_S = replace(DEIT_S, layer_scale=True)
 DINOV2_S = replace(DEIT3_S, patch_size=14, num_classes=0, crop_pct=0.875)
 AUGREG_S = replace(DEIT_S, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-DEMO = ViTConfig(28, 2, 64, 12, 2, 10, mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0)
+DEMO = ViTConfig(28, 2, 128, 6, 2, 10, mean=(0.286,) * 3, std=(0.353,) * 3, crop_pct=1.0)
 VARIANTS = {
     "deit_tiny_patch16_224": replace(DEIT_S, dim=192, heads=3),
     "deit_small_patch16_224": DEIT_S,

@@ -18,7 +18,7 @@ from ltmp import create_model, load_thresholds, load_weights
         ("deit_small_distilled_patch16_224", 22.4),
         ("deit3_base_patch16_224", 86.6),
         ("deit3_large_patch16_384", 304.8),
-        ("demo", 0.62),
+        ("demo", 1.22),
     ],
 )
 def test_variants_have_their_published_size(name, millions):
@@ -30,10 +30,10 @@ def test_variants_have_their_published_size(name, millions):
 def test_state_dict_names_are_deits_and_the_authors():
     names = set(create_model("demo", "ltmp").state_dict())
     block = "norm1 attn.qkv attn.proj norm2 mlp.fc1 mlp.fc2".split()
-    layers = [f"blocks.{i}.{layer}" for i in range(12) for layer in block]
+    layers = [f"blocks.{i}.{layer}" for i in range(6) for layer in block]
     layers += ["patch_embed.proj", "norm", "head"]
     deit = {f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
-    authors = {f"blocks.{i}.{s}_masker.threshold" for i in range(12) for s in ("merge", "prune")}
+    authors = {f"blocks.{i}.{s}_masker.threshold" for i in range(6) for s in ("merge", "prune")}
     assert names == deit | authors | {"cls_token", "pos_embed"}
 
 
@@ -44,7 +44,7 @@ def test_state_dict_names_are_deits_and_the_authors():
         {"method": "tome"},
         {"method": "ltmp", "r": 3},
         {"method": "topk", "r": [1, 2]},
-        {"method": "tome", "r": [None] * 12},
+        {"method": "tome", "r": [None] * 6},
         {"name": "deit"},
         {"dim": 63},
         {"prefix_tokens": 0},
@@ -59,8 +59,8 @@ def test_wrong_models_are_refused_in_one_line(bad):
 DAMAGES = {
     "missing blocks.1.mlp.fc1.bias": lambda s: s.pop("blocks.1.mlp.fc1.bias"),
     "unexpected blocks.12.norm1.bias": lambda s: s.update({"blocks.12.norm1.bias": s["norm.bias"]}),
-    r"head.weight is \(3, 64\), not \(10, 64\)": lambda s: s.update(
-        {"head.weight": torch.ones(3, 64)}
+    r"head.weight is \(3, 128\), not \(10, 128\)": lambda s: s.update(
+        {"head.weight": torch.ones(3, 128)}
     ),
     "norm.bias holds NaN or infinity": lambda s: s["norm.bias"].fill_(math.nan),
     "missing blocks.1.merge_masker.threshold": lambda s: s.pop("blocks.1.merge_masker.threshold"),
@@ -102,15 +102,15 @@ def test_weights_load_from_a_file_and_a_dict(tmp_path):
     "change, named",
     [
         ({"method": "ltm"}, "of the method ltm do not fit the method ltmp"),
-        ({"merge_thresholds": [0.9]}, "merge_thresholds must be 12 numbers"),
-        ({"merge_thresholds": [math.nan] * 12}, "merge_thresholds must be 12 numbers"),
-        ({"prune_thresholds": [math.inf] * 12}, "prune_thresholds must be 12 numbers"),
-        ({"prune_thresholds": [None] * 12}, "prune_thresholds must be 12 numbers"),
+        ({"merge_thresholds": [0.9]}, "merge_thresholds must be 6 numbers"),
+        ({"merge_thresholds": [math.nan] * 6}, "merge_thresholds must be 6 numbers"),
+        ({"prune_thresholds": [math.inf] * 6}, "prune_thresholds must be 6 numbers"),
+        ({"prune_thresholds": [None] * 6}, "prune_thresholds must be 6 numbers"),
         ({"model": "deit_tiny_patch16_224"}, "were learned for deit_tiny_patch16_224"),
     ],
 )
 def test_thresholds_that_do_not_fit_are_refused(change, named):
-    found = {"method": "ltmp", "merge_thresholds": [0.5] * 12, "prune_thresholds": [0.1] * 12}
+    found = {"method": "ltmp", "merge_thresholds": [0.5] * 6, "prune_thresholds": [0.1] * 6}
     model = create_model("demo")
     with pytest.raises(ValueError, match=named):
         load_thresholds(model, found | change)

@@ -17,8 +17,8 @@ from extras import batching, models
 
 THRESHOLDS = {
     "method": "ltmp",
-    "merge_thresholds": [0.98] * 12,
-    "prune_thresholds": [0.005 + 0.0001 * i for i in range(12)],
+    "merge_thresholds": [0.98] * 6,
+    "prune_thresholds": [0.005 + 0.0001 * i for i in range(6)],
 }
 
 
@@ -201,7 +201,7 @@ def test_a_strip_shows_every_block(shirt, tmp_path, monkeypatch, capsys):
     assert np.array_equal(pixels, np.array(Image.open(shirt)))
     sheet = np.array(Image.open(written))
     blocks = [panel[1:] for panel in panels if panel[4:] and panel[4].startswith("block ")]
-    assert len(blocks) == len(holders) == 12
+    assert len(blocks) == len(holders) == 6
     for i, (x, y, picture, left, right) in enumerate(blocks):
         state = holders[i].reshape(14, 14)
         assert np.array_equal(picture, pictures.token_picture(pixels, state, 14))
@@ -307,7 +307,7 @@ def test_what_cannot_be_drawn_is_one_line(shirt, tmp_path, monkeypatch, capsys, 
 
 @pytest.fixture(scope="module")
 def found():
-    """60 images under THRESHOLDS: kept (12, 60), logits, dense logits, labels."""
+    """60 images under THRESHOLDS: kept (6, 60), logits, dense logits, labels."""
     model = ltmp.load_thresholds(demo_model(), THRESHOLDS)
     samples = data.open_split(None, "val", models.clean_transform(model.config))
     images, labels = zip(*batching.subset(samples, 60), strict=True)
@@ -355,7 +355,7 @@ def test_the_chart_shows_thresholds_and_kept_tokens(tmp_path, monkeypatch, found
     flags = ["--limit-val", 60, "--chart", tmp_path / "chart.png"]
     main("--thresholds", write_thresholds(tmp_path), *flags)
     merge, prune, tokens = (plot[2:] for plot in plots)
-    assert merge[0] == "merge threshold" and merge[2] == pytest.approx([0.98] * 12)
+    assert merge[0] == "merge threshold" and merge[2] == pytest.approx([0.98] * 6)
     assert prune[0] == "prune threshold"
     assert prune[2] == pytest.approx(THRESHOLDS["prune_thresholds"])
     assert tokens[0] == "tokens kept" and tokens[2] == pytest.approx(found[0].mean(1).tolist())
@@ -369,7 +369,7 @@ def test_the_chart_shows_thresholds_and_kept_tokens(tmp_path, monkeypatch, found
 def test_the_chart_has_the_thresholds_of_its_method(monkeypatch, method, titles):
     plots = record(monkeypatch, "plot")
     model = ltmp.create_model("demo", method, r=8 if method == "tome" else None)
-    pictures.chart(model, torch.full((12, 5), 150.0), "title")
+    pictures.chart(model, torch.full((6, 5), 150.0), "title")
     assert [plot[2] for plot in plots] == titles
 
 

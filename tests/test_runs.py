@@ -188,7 +188,7 @@ def test_evaluation_of_other_methods_equals_a_direct_computation(tmp_path, metho
     flags = ["--method", method, "--limit-val", "20", "--json", str(tmp_path / "m.json")]
     evaluate.main(flags + (["--r", str(r)] if r else []))
     metrics = read(tmp_path / "m.json")
-    assert metrics["kept"] == [197.0 - (r or 0) * (i + 1) for i in range(12)]
+    assert metrics["kept"] == [197.0 - (r or 0) * (i + 1) for i in range(6)]
     val = data.open_split(None, "val", models.clean_transform(ltmp.VARIANTS["demo"]))
     images, labels = zip(*batching.subset(val, 20), strict=True)
     state = models.read_weights("demo", None)
