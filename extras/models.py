@@ -7,7 +7,7 @@ from pathlib import Path
 import data
 import ltmp
 
-from . import fast_attention, runtime, weights
+from . import fast_attention, runtime, splits, weights
 
 DEMO = Path(__file__).parent.parent / "demo"
 DEMO_WEIGHTS, DEMO_THRESHOLDS = DEMO / "vit_demo.pth", DEMO / "thresholds.json"
@@ -194,8 +194,8 @@ def clean_transform(config):
 
 
 def open_split(args, split):
-    """data.open_split as the flags say; files that are no images are counted in one line."""
-    dataset = data.open_split(args.data, split, None, args.val_fraction, args.seed)
+    """splits.open_split as the flags say; files that are no images are counted in one line."""
+    dataset = splits.open_split(args.data, split, None, args.val_fraction, args.seed)
     count = getattr(dataset, "passed_over", 0)
     if count:
         types = " ".join(data.EXTENSIONS)

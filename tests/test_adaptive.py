@@ -11,7 +11,7 @@ from PIL import Image
 import data
 import ltmp
 import train
-from extras import adaptive, batching, landing, measuring, models
+from extras import adaptive, batching, landing, measuring, models, splits
 
 ALL = torch.ones(6, dtype=torch.bool)
 
@@ -23,7 +23,7 @@ def demo(method):
 
 def demo_images(split, count):
     """Images (count, 3, 28, 28) of the demo, as validation sees them."""
-    images = data.open_split(None, split, models.clean_transform(ltmp.VARIANTS["demo"]))
+    images = splits.open_split(None, split, models.clean_transform(ltmp.VARIANTS["demo"]))
     return torch.stack([image for image, _ in batching.subset(images, count)])
 
 

@@ -389,7 +389,7 @@ def test_image_folder_says_what_is_wrong(tmp_path):
 
 
 def test_embedded_data_is_balanced_and_the_splits_share_nothing():
-    train_set, test_set = (data.open_split(None, split) for split in ("train", "val"))
+    train_set, test_set = (data.FashionMNIST(data.DEMO_FILE, split) for split in ("train", "test"))
     assert np.bincount(train_set.labels).tolist() == [300] * 10
     assert np.bincount(test_set.labels).tolist() == [200] * 10
     images = {split: {i.tobytes() for i in split.images} for split in (train_set, test_set)}
@@ -403,7 +403,7 @@ def test_original_fashion_mnist_is_read_and_damage_is_named(tmp_path):
     images = tmp_path / "t10k-images-idx3-ubyte.gz"
     images.write_bytes(gzip.compress(bytes(16) + pixels[: 2 * 784]))
     (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(gzip.compress(bytes(8) + bytes([3, 9])))
-    dataset = data.open_split(tmp_path, "val")
+    dataset = data.FashionMNIST(tmp_path, "test")
     assert len(dataset) == 2 and dataset[1][1] == 9
     assert np.asarray(dataset[1][0])[..., 0].tobytes() == pixels[784 : 2 * 784]
     whole = images.read_bytes()
@@ -412,52 +412,3 @@ def test_original_fashion_mnist_is_read_and_damage_is_named(tmp_path):
         images.write_bytes(damaged)
         assert f"cannot read {images}" in refusal(data.FashionMNIST, tmp_path, "test")
     assert "train-images" in refusal(data.FashionMNIST, tmp_path, "train")
-
-
-# --------------------------------------------------------------------------------------------------
-# Splits
-
-
-def test_train_and_val_folders_are_the_splits(tmp_path):
-    save_images(tmp_path, "val/a/0.png")
-    assert names(data.open_split(tmp_path, "val"), tmp_path) == ["val/a/0.png"]
-    assert "no folder train" in refusal(data.open_split, tmp_path, "train")
-    save_images(tmp_path, "train/a/1.png")
-    assert names(data.open_split(tmp_path, "train"), tmp_path) == ["train/a/1.png"]
-    assert names(data.open_split(tmp_path, "val", None, 0.5), tmp_path) == ["val/a/0.png"]
-
-
-@pytest.mark.parametrize("fraction", [None, 0.5])
-@pytest.mark.parametrize(
-    "folders, renames",
-    [
-        (("train", "validation"), "rename validation to val"),
-        (("training", "val"), "rename training to train"),
-        (("training", "valid"), "rename training to train and valid to val"),
-    ],
-)
-def test_folders_with_nearly_the_right_names_must_be_renamed(tmp_path, folders, renames, fraction):
-    save_images(tmp_path, *(f"{name}/a/{i}.png" for name in folders for i in range(2)))
-    assert refusal(data.open_split, tmp_path, "train", None, fraction).endswith(renames)
-
-
-@pytest.mark.parametrize("inside", ["", "train"])
-def test_a_split_is_fixed_by_its_seed_and_never_overlaps(tmp_path, inside):
-    paths = [f"{name}/{i}.png" for name in "ab" for i in range(10)]
-    save_images(tmp_path / inside, *paths)
-    assert "--val-fraction 0.1" in refusal(data.open_split, tmp_path, "val")
-
-    def split(part, seed):
-        return names(data.open_split(tmp_path, part, None, 0.3, seed), tmp_path / inside)
-
-    for seed in (0, 1):
-        val = split("val", seed)
-        assert [name[0] for name in val] == ["a"] * 3 + ["b"] * 3
-        assert sorted(val + split("train", seed)) == paths
-    assert split("val", 0) == split("val", 0) != split("val", 1)
-
-
-def test_a_class_with_a_single_image_cannot_be_split(tmp_path):
-    save_images(tmp_path, "a/0.png", "a/1.png", "b/0.png")
-    assert "two at least" in refusal(data.open_split, tmp_path, "train", None, 0.5)
-    assert "no data folder" in refusal(data.open_split, tmp_path / "absent", "train")

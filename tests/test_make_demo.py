@@ -12,7 +12,7 @@ import torch
 import data
 import ltmp
 from experiments import make_demo
-from extras import batching, runtime
+from extras import batching, runtime, splits
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_the_vit_learns_from_every_image_and_is_written_in_half_precision(
     model = ltmp.load_weights(ltmp.create_model("demo", "dense"), tmp_path / "vit_demo.pth").eval()
     config = model.config
     clean = data.eval_transform(config.image_size, config.crop_pct, config.mean, config.std)
-    test_set = batching.subset(data.open_split(None, "val", clean), 500)
+    test_set = batching.subset(splits.open_split(None, "val", clean), 500)
     images, labels = torch.utils.data.default_collate([test_set[i] for i in range(500)])
     with torch.no_grad():
         hits = model(images)[0].argmax(1) == labels

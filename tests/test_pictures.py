@@ -13,7 +13,7 @@ import data
 import flops
 import ltmp
 from experiments import pictures
-from extras import batching, models
+from extras import batching, models, splits
 
 THRESHOLDS = {
     "method": "ltmp",
@@ -188,7 +188,7 @@ def test_long_text_is_cut_to_its_width():
 
 @pytest.fixture
 def shirt(tmp_path):
-    data.open_split(None, "val")[0][0].save(tmp_path / "shirt.png")
+    splits.open_split(None, "val")[0][0].save(tmp_path / "shirt.png")
     return tmp_path / "shirt.png"
 
 
@@ -256,7 +256,7 @@ def test_a_model_without_head_has_a_strip_without_classes(shirt, tmp_path, monke
 
 def make_folder(root, classes, images=2):
     """An image folder of Fashion-MNIST with train/ and val/; returns its images of val."""
-    samples = data.open_split(None, "val")
+    samples = splits.open_split(None, "val")
     paths = []
     for i in range(len(classes) * images):
         for split in ("train", "val"):
@@ -271,7 +271,7 @@ def test_data_names_the_classes_that_it_has(shirt, tmp_path, monkeypatch):
     make_folder(tmp_path / "images", [f"{i} clothes" for i in range(5)], 1)
     strips = record(monkeypatch, "strip")
     shoe = tmp_path / "shoe.png"
-    samples = data.open_split(None, "val")
+    samples = splits.open_split(None, "val")
     next(samples[i][0] for i in range(99) if samples[i][1] == 9).save(shoe)
     top = next(samples[i][0] for i in range(99) if samples[i][1] == 1)
     top.save(shirt)
@@ -309,7 +309,7 @@ def test_what_cannot_be_drawn_is_one_line(shirt, tmp_path, monkeypatch, capsys, 
 def found():
     """60 images under THRESHOLDS: kept (6, 60), logits, dense logits, labels."""
     model = ltmp.load_thresholds(demo_model(), THRESHOLDS)
-    samples = data.open_split(None, "val", models.clean_transform(model.config))
+    samples = splits.open_split(None, "val", models.clean_transform(model.config))
     images, labels = zip(*batching.subset(samples, 60), strict=True)
     batch = torch.stack(images)
     with torch.inference_mode():

@@ -28,7 +28,7 @@ import evaluate
 import flops
 import ltmp
 import train
-from extras import adaptive, batching, landing, measuring, models, run, runtime
+from extras import adaptive, batching, landing, measuring, models, run, runtime, splits
 
 ROOT = Path(__file__).parent.parent
 TINY = ltmp.ViTConfig(image_size=28, patch_size=7, dim=16, depth=2, heads=2, num_classes=10)
@@ -173,7 +173,7 @@ def test_r_in_the_metrics_is_what_inference_kept(tmp_path):
     evaluate.main(["--limit-val", "10", "-b", "1", "--json", str(tmp_path / "m.json")])
     model = models.build_model("demo", "ltmp", models.read_weights("demo", None)).eval()
     ltmp.load_thresholds(model, models.DEMO_THRESHOLDS)
-    val = data.open_split(None, "val", models.clean_transform(model.config))
+    val = splits.open_split(None, "val", models.clean_transform(model.config))
     images = torch.stack([image for image, _ in batching.subset(val, 10)])
     with torch.no_grad():
         kept = model(images)[1].double()
@@ -189,7 +189,7 @@ def test_evaluation_of_other_methods_equals_a_direct_computation(tmp_path, metho
     evaluate.main(flags + (["--r", str(r)] if r else []))
     metrics = read(tmp_path / "m.json")
     assert metrics["kept"] == [197.0 - (r or 0) * (i + 1) for i in range(6)]
-    val = data.open_split(None, "val", models.clean_transform(ltmp.VARIANTS["demo"]))
+    val = splits.open_split(None, "val", models.clean_transform(ltmp.VARIANTS["demo"]))
     images, labels = zip(*batching.subset(val, 20), strict=True)
     state = models.read_weights("demo", None)
     model = models.build_model("demo", method, state, r=r).eval()
@@ -227,7 +227,7 @@ def test_landing_meets_the_target_and_can_be_left_out(tiny, tmp_path):
     assert found["landed"] != found["learned"]
     state = models.read_weights("tiny", tmp_path / "landed" / "last.pt")
     model = models.build_model("tiny", "ltmp", state)
-    train_set = data.open_split(None, "train", models.clean_transform(TINY))
+    train_set = splits.open_split(None, "train", models.clean_transform(TINY))
     images = torch.stack([image for image, _ in batching.subset(train_set, 64)])
     assert landing.measure(model, images) == pytest.approx(0.75, abs=0.003)
 
