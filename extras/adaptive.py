@@ -17,7 +17,7 @@ from ltmp import METHODS
 from . import landing, measuring, models, runtime
 from .run import Run
 
-STEP = 0.15  # longest step of all ranks together, times min(1 - target, 0.5) / sqrt(steps)
+STEP = 0.25  # longest step of all ranks together, times min(1 - target, 0.5) / sqrt(steps)
 MEMORY = 0.03  # weight of the newest gradient in the average: it reaches back some thirty steps
 WIDTH = 0.05  # of ranks, to both sides, over which the slope of a threshold is taken
 LITTLE = 0.3  # how much is pruned at a start with pruning, as a share of what merges
