@@ -240,10 +240,16 @@ def live_first(tokens):
 
 def drop_dead(tokens):
     """Inference: leave the dead rows out of x, and number the rest anew, image after image."""
-    alive = tokens.rows[tokens.live]  # (T',)
-    x, size = tokens.x.index_select(0, alive), tokens.size.index_select(0, alive)
+    live = tokens.live.flatten()  # (B N,)
     count = tokens.live.sum(1, keepdim=True)  # (B, 1)
-    live = torch.arange(count.max(), device=count.device) < count  # (B, N')
+    number = live.cumsum(0)  # (B N,), 1 for the first live place
+    # Here, and only here, a GPU is waited for.
+    total, longest = torch.stack([number[-1], count.max()]).tolist()
+    # All dead places go to row 0, which is cut off.
+    alive = number.new_empty(total + 1).scatter_(0, number * live, tokens.rows.flatten())
+    alive = alive.narrow(0, 1, total)  # (T',)
+    x, size = tokens.x.index_select(0, alive), tokens.size.index_select(0, alive)
+    live = torch.arange(longest, device=count.device) < count  # (B, N')
     # A place without a token repeats the row of the image's last token.
     rows = (live.flatten().cumsum(0) - 1).view_as(live)
     return replace(tokens, x=x, size=size, rows=rows, live=live, holes=False)
@@ -259,11 +265,10 @@ def bipartite_matching(key_a, key_b, live_b):
     key_a (B, Na, D), key_b (B, Nb, D), both of length 1, live_b (B, Nb)
     -> similarity (B, Na), place in B (B, Na).
     """
-    # 0 for the live, -inf for the dead.
-    log_live = live_b.to(key_a.dtype).log()[:, None]  # (B, 1, Nb)
+    bias = torch.where(live_b, 0.0, -math.inf).to(key_a.dtype)[:, None]  # (B, 1, Nb)
     # In float32 under autocast too: half precision would round the similarities.
     with torch.autocast(key_a.device.type, enabled=False):
-        cosine = torch.baddbmm(log_live, key_a, key_b.transpose(1, 2))  # (B, Na, Nb)
+        cosine = torch.baddbmm(bias, key_a, key_b.transpose(1, 2))  # (B, Na, Nb)
     similarity, place = cosine.max(dim=2)
     # Rounding can lift a cosine above 1, and a threshold of 1 means: never merge.
     return similarity.clamp(max=1), place
@@ -303,7 +308,7 @@ def merge(tokens, key, importance, masker):
     size = tokens.size.index_add(0, b, added)  # (T,)
     x = tokens.x * (tokens.size / size).to(tokens.x.dtype)[:, None]  # (T, C)
     others = tokens.x.index_select(0, a) * (added / size[b]).to(x.dtype)[:, None]  # (M, C)
-    x = x.index_add(0, b, others)
+    x = x.index_add_(0, b, others)
     # Where nothing merges this is 0, and importance is not below 0.
     importance = importance.scatter_reduce(0, b, decided.detach() * importance[a], "amax")  # (T,)
 
@@ -326,14 +331,16 @@ def prune(tokens, importance, masker):
 
     importance (T,) -> tokens.
     """
+    P = tokens.prefix_tokens
+    live = tokens.live[:, P:]  # (B, N - P)
     # A dead token scores inf, a factor of 1: 0 would cut the gradient of the decision it died by.
-    scores = torch.where(tokens.live, take(importance, tokens.rows), math.inf)  # (B, N)
-    scores[:, : tokens.prefix_tokens] = math.inf
-    decision = masker(scores)  # (B, N) of 0 and 1
+    scores = torch.where(live, take(importance, tokens.rows)[:, P:], math.inf)
+    decision = masker(scores)  # (B, N - P) of 0 and 1
     mask = tokens.mask
     if mask is not None:
-        mask = multiply(mask, tokens.rows, decision.to(mask.dtype))
-    return replace(tokens, mask=mask, live=tokens.live & decision.bool(), holes=True)
+        mask = multiply(mask, tokens.rows[:, P:], decision.to(mask.dtype))
+    live = torch.cat([tokens.live[:, :P], live & decision.bool()], 1)  # (B, N)
+    return replace(tokens, mask=mask, live=live, holes=True)
 
 
 # --------------------------------------------------------------------------------------------------

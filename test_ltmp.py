@@ -317,7 +317,7 @@ def test_the_gradient_of_decisions_is_that_of_differences():
         return torch.cat([tokens.x.flatten(), tokens.size, tokens.mask])
 
     merged = torch.tensor([[0.5, 1, 0.2], [0.9, 0.3, 0.6]]).double().requires_grad_()
-    kept = torch.rand(2, 7).double().requires_grad_()
+    kept = torch.rand(2, 6).double().requires_grad_()
     assert torch.autograd.gradcheck(step, (merged, kept))
 
 
@@ -452,7 +452,7 @@ def test_the_same_call_gives_the_same_bits_on_a_cpu(method):
 
 
 class Operations(TorchDispatchMode):
-    """Counts operations, views left out, and those for which a CPU must wait for its GPU."""
+    """Counts what starts work on a GPU, and that for which a CPU must wait for its GPU."""
 
     def __init__(self):
         super().__init__()
@@ -461,22 +461,30 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        self.count += not function.is_view and name != "_unsafe_view"
+        starts = name not in ("_unsafe_view", "scalar_tensor", "new_empty", "_local_scalar_dense")
+        self.count += starts and not function.is_view
         self.waits += by_mask or name in ("nonzero", "_local_scalar_dense")
         return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()
-def test_a_block_needs_few_operations_in_inference():
+def test_a_block_needs_few_operations_in_inference(monkeypatch):
     # On a GPU attention is one kernel; here it is none, so all that is counted is of ltmp.py.
     kernel = SimpleNamespace(
         masked_attention=None, ragged_attention=lambda qkv, size, live: (qkv[:, 2], size)
     )
     model, images = random_model(4, "ltmp", kernel)
     tokens = model.embed(images, drop=True)
+    to_list = torch.Tensor.tolist
     with Operations() as operations:
+
+        def waiting(tensor):
+            operations.waits += 1
+            return to_list(tensor)
+
+        monkeypatch.setattr(torch.Tensor, "tolist", waiting)
         model.blocks[0](tokens, kernel)
-    assert operations.count <= 56 and operations.waits <= 2
+    assert operations.count <= 55 and operations.waits == 1
 
 
 @pytest.mark.parametrize("attention", [None, fast_attention])

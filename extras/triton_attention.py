@@ -16,18 +16,19 @@ QUERIES, KEYS = 64, 64
 
 @triton.jit
 def attention_kernel(
-    qkv, log_size, first, count, out, given, T, scale,
+    qkv, size, count, end, out, given, T, scale,
     H: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, M: tl.constexpr, N: tl.constexpr
 ):  # fmt: skip
-    """qkv (T, 3, H, D), log_size (T,), first, count (B,) -> out (T, H, D), given (blocks, H, T).
+    """qkv (T, 3, H, D), size (T,), count, end (B,) -> out (T, H, D), given (blocks, H, T).
 
-    given: what the queries of a block give to each key, summed. D2: the power of 2 from D on.
+    count: rows of each image; end: the row behind its last one. given: the part in each key's
+    importance that comes from the queries of a block. D2: the power of 2 from D on.
     """
     block, head, image = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     n = tl.load(count + image)
     if block * M >= n:
         return
-    row0 = tl.load(first + image).to(tl.int64)
+    row0 = tl.load(end + image).to(tl.int64) - n
     i, j, d = block * M + tl.arange(0, M), tl.arange(0, N), tl.arange(0, D2)
     q_rows = qkv + (row0 + i)[:, None] * (3 * H * D) + head * D + d[None]
     q = tl.load(q_rows, mask=(i[:, None] < n) & (d[None] < D), other=0)  # (M, D2)
@@ -41,7 +42,7 @@ def attention_kernel(
         there = (key[:, None] < n) & (d[None] < D)
         k = tl.load(k_rows, mask=there, other=0)  # (N, D2)
         v = tl.load(k_rows + H * D, mask=there, other=0)
-        bias = tl.load(log_size + row0 + key, mask=key < n, other=float("-inf"))
+        bias = tl.log(tl.load(size + row0 + key, mask=key < n, other=0))
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None]  # (M, N)
         higher = tl.maximum(largest, tl.max(logits, 1))
         weight = tl.exp(logits - higher[:, None])
@@ -58,11 +59,11 @@ def attention_kernel(
         key = start + j
         k_rows = qkv + (row0 + key)[:, None] * (3 * H * D) + (H + head) * D + d[None]
         k = tl.load(k_rows, mask=(key[:, None] < n) & (d[None] < D), other=0)
-        bias = tl.load(log_size + row0 + key, mask=key < n, other=float("-inf"))
+        bias = tl.log(tl.load(size + row0 + key, mask=key < n, other=0))
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scale + bias[None]
         attn = tl.where(i[:, None] < n, tl.exp(logits - log_sum[:, None]), 0.0)  # (M, N)
         to = given + (block * H + head).to(tl.int64) * T + row0 + key
-        tl.store(to, tl.sum(attn, 0), mask=key < n)
+        tl.store(to, tl.sum(attn, 0) / (H * n), mask=key < n)
 
 
 def ragged_attention(qkv, size, live):
@@ -72,13 +73,11 @@ def ragged_attention(qkv, size, live):
     """
     T, _, H, D = qkv.shape
     counts = live.sum(1)  # (B,)
-    first = counts.cumsum(0) - counts  # (B,), each image's first row
     blocks = triton.cdiv(live.shape[1], QUERIES)
     out = qkv.new_empty(T, H, D)
     given = torch.zeros(blocks, H, T, dtype=torch.float32, device=qkv.device)
     grid = (blocks, H, len(counts))
     D2 = max(16, triton.next_power_of_2(D))
-    tensors = qkv.contiguous(), size.log(), first, counts, out, given
+    tensors = qkv.contiguous(), size, counts, counts.cumsum(0), out, given
     attention_kernel[grid](*tensors, T, D**-0.5, H=H, D=D, D2=D2, M=QUERIES, N=KEYS)
-    queries = counts.repeat_interleave(counts, output_size=T)  # (T,), of each token's image
-    return out, given.sum((0, 1)) / (H * queries)
+    return out, given.sum((0, 1))

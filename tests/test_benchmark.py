@@ -77,7 +77,7 @@ def test_every_execution_has_a_row(tmp_path, capsys):
 
 def test_compiled_models_have_rows_too(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: model)
-    monkeypatch.setattr(benchmark, "compile_parts", copy.deepcopy)
+    monkeypatch.setattr(benchmark, "compile_blocks", copy.deepcopy)
     path = tmp_path / "rows.json"
     benchmark.main([*SHARED, "--batch-sizes", "1", "--compile", "--json", str(path)])
     dense, _, reduced, _, *both = json.loads(path.read_text())["rows"][:6]
@@ -90,7 +90,7 @@ def test_a_failed_compilation_is_one_line(monkeypatch, capsys):
     def fail(*args):
         raise RuntimeError("no C++ compiler\nand more")
 
-    monkeypatch.setattr(benchmark, "compile_parts", copy.deepcopy)
+    monkeypatch.setattr(benchmark, "compile_blocks", copy.deepcopy)
     monkeypatch.setattr(torch, "compile", lambda model, dynamic: SimpleNamespace(eval=lambda: fail))
     lines = refusal(capsys, *SHARED, "--compile")
     assert len(lines) == 1 and "torch.compile failed: no C++ compiler" in lines[0]
@@ -98,9 +98,9 @@ def test_a_failed_compilation_is_one_line(monkeypatch, capsys):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
-def test_compiled_parts_are_the_same_function():
+def test_compiled_blocks_are_the_same_function():
     model, images = ltmp.create_model("demo").eval(), torch.randn(3, 3, 28, 28)
-    logits = benchmark.infer(benchmark.compile_parts(model), images)[0]
+    logits = benchmark.infer(benchmark.compile_blocks(model), images)[0]
     torch.testing.assert_close(logits, benchmark.infer(model, images)[0], atol=1e-5, rtol=1e-5)
 
 
