@@ -1,14 +1,13 @@
 """The recipe for short runs: thresholds start and end where r is the target.
 
 What is learned is each threshold's rank: the share that it removes of the scores met at the start.
-The loss is the KL from the predictions of the same ViT without merging and pruning, so labels are
-not used. A step goes where the KL falls while r stays; a second part leads back to the target.
+The loss is the root of the KL from the dense predictions, so labels are not used. A step goes where
+it falls while r stays; a second part leads back to the target.
 """
 
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from flops import flops_ratio, model_flops
@@ -17,8 +16,8 @@ from ltmp import METHODS
 from . import landing, measuring, models, runtime
 from .run import Run
 
-STEP = 0.25  # longest step of all ranks together, times min(1 - target, 0.5) / sqrt(steps)
-MEMORY = 0.03  # weight of the newest gradient in the average: it reaches back some thirty steps
+STEP = 0.16  # longest step of a rank, times min(1 - target, 0.5) / sqrt(steps)
+MEMORY = 0.03  # weight of the newest price in the averages: they reach back some thirty steps
 WIDTH = 0.05  # of ranks, to both sides, over which the slope of a threshold is taken
 LITTLE = 0.3  # how much is pruned at a start with pruning, as a share of what merges
 
@@ -36,47 +35,51 @@ def learn(model, train_set, images, args, device):
     scores = start_scores(model, images[:128], shares)
     ranks = torch.tensor(list(shares.values()), device=device).clamp(max=1)  # (n,)
     learned = (ranks > 0) & (ranks < 1)
+    model.requires_grad_(False)
     for key, masker in maskers.items():
         masker.tau = 0.5 * interquartile_range(scores[key])
-    model.requires_grad_(False)
     thresholds = [masker.threshold.requires_grad_() for masker in maskers.values()]
     # By way of the CPU: another process has another GPU.
     r_by_threshold = runtime.agreed(r_gradient(model, images[:64], thresholds).cpu()).to(device)
 
     state = nn.Module()
-    for name, value in (("ranks", ranks), ("average", torch.zeros_like(ranks))):
-        state.register_buffer(name, value)
-    batch = args.batch_size * runtime.processes()[1]
-    steps = args.epochs * math.ceil(len(train_set) / batch)
+    state.register_buffer("ranks", ranks)
+    for name in ("average", "square"):
+        state.register_buffer(name, torch.zeros_like(ranks))
+    steps = args.epochs * math.ceil(len(train_set) / (args.batch_size * runtime.processes()[1]))
     with Run(args, {"model": model, "ranks": state}, steps, ("kl", "r", "top1")) as run:
         for images, labels in run.batches(train_set, model.config.image_size, device):
             model.train()
             logits, kept = model(images)  # (B, classes), (depth, B)
             with torch.no_grad():
                 wanted = teacher(images)[0]  # (B, classes)
-            kl = run.mean(measuring.kl_divergence(logits.float(), wanted.float()))
+            kl = measuring.kl_divergence(logits.float(), wanted.float())  # (B,)
+            loss = run.mean(root(kl))
             r = run.mean(model_flops(model.config, kept) / model_flops(model.config)).item()
             for threshold in thresholds:
                 # The last block's may have no part in the logits.
                 threshold.grad = torch.zeros_like(threshold)
-            # Only the direction counts. In float16 small gradients would be 0 without the factor.
-            (1024 * kl).backward()
+            # The factor cancels in steer. In float16 small gradients would be 0 without it.
+            (1024 * loss).backward()
             runtime.sum_gradients(thresholds)
-            run.check_finite(kl, thresholds)
+            run.check_finite(loss, thresholds)
 
             slopes = rank_slopes(maskers, scores, state.ranks)  # (n,)
-            state.average.lerp_(torch.cat([t.grad for t in thresholds]), MEMORY)
-            kl_by_rank, r_by_rank = state.average * slopes, r_by_threshold * slopes
-            direction = steer(kl_by_rank, r_by_rank, r - args.target, learned)
-            # Short while the average is young, and at the end.
+            saved = (-r_by_threshold * slopes).clamp(min=1e-4) * learned  # (n,)
+            cost = torch.cat([threshold.grad for threshold in thresholds]) * slopes  # (n,)
+            price = neutral(cost / saved.clamp(min=1e-4), saved)
+            state.average.lerp_(price, MEMORY)
+            state.square.lerp_(price**2, MEMORY)
+            direction = steer(state.average, state.square, saved, r - args.target)
+            # Short at first, and at the end.
             longest = STEP * min(1 - args.target, 0.5) / math.sqrt(steps)
             length = longest * math.sin(math.pi * (run.step + 0.5) / steps)
             state.ranks.sub_(length * direction).clamp_(0, 1)
             set_ranks(maskers, scores, state.ranks)
 
+            kl = run.mean(kl).item()
             top1 = 100 * run.mean((logits.argmax(1) == labels).float()).item()
-            text = f"KL {kl:.2g}, r {r:.3f} (target {args.target:g})"
-            run.end_step((kl.item(), r, top1), text)
+            run.end_step((kl, r, top1), f"KL {kl:.2g}, r {r:.3f} (target {args.target:g})")
     return run
 
 
@@ -85,8 +88,8 @@ def choose(model, teacher, images, target):
 
     Nothing reads what the last block could remove, so there all tokens go. A gradient tells what
     the next token costs, not what all up to a rank cost. So starts at the same r are compared by
-    the root of their KL. First: merging in the other blocks, with shares that rise. Second: none in
-    the first; kept if better. Third: a little pruning in the second half; kept if at most a tenth
+    the root of their KL. First: merging in the other blocks, equal shares. Second: none in the
+    first; kept if better. Third: a little pruning in the second half; kept if at most a tenth
     worse, since it is yet to be learned. If merging misses the target, both start everywhere.
     """
     wanted = predict(teacher, images)
@@ -98,14 +101,11 @@ def choose(model, teacher, images, target):
         except landing.OutOfReach:
             return math.inf, shares
         kl = measuring.kl_divergence(predict(model, images), wanted)  # (n,)
-        # The mean of the KL itself depends on a few images.
-        return kl.clamp(min=0).sqrt().mean().item(), shares
+        return root(kl).mean().item(), shares
 
     steps, last = METHODS[model.method], len(model.blocks) - 1
-    both = {}
-    for i, step in landing.maskers(model):
-        part = 1 if step == "merge" else LITTLE
-        both[i, step] = landing.SHARE * part * (0.75 + 0.5 * i / (last + 1))
+    parts = {"merge": 1, "prune": LITTLE}
+    both = {key: landing.SHARE * parts[key[1]] for key in landing.maskers(model)}
     both |= {(last, step): 0.0 for step in steps}
     # 10: all, also where scaling makes the other shares small.
     both[last, "prune" if "prune" in steps else "merge"] = 10.0
@@ -124,6 +124,11 @@ def choose(model, teacher, images, target):
         runtime.say(f"start: {name}, {trial_kl:.3g}: {'kept' if pays else 'dropped'}")
         kl, shares = (trial_kl, trial) if pays else (kl, shares)
     return shares
+
+
+def root(kl):
+    """Of KLs (n,), differentiable at 0: the mean of the KL itself depends on a few images."""
+    return (kl.clamp(min=0) + 1e-6).sqrt()
 
 
 @torch.no_grad()
@@ -175,18 +180,21 @@ def r_gradient(model, images, thresholds):
     return found
 
 
-def steer(kl_by_rank, r_by_rank, distance, learned):
+def neutral(values, saved):
+    """values (n,) less their mean, so that a step of the ranks along them leaves r as it is.
+
+    saved (n,): what each rank saves, by which the mean is weighted; 0 where it may not move.
+    """
+    return (values - (values * saved).sum() / saved.sum().clamp(min=1e-4)) * (saved > 0)
+
+
+def steer(average, square, saved, distance):
     """What to subtract from the ranks (n,): dear ones go down, cheap ones up, and r to the target.
 
-    The price of a rank is the KL that it costs for the FLOPs that it saves. At the best thresholds
-    between 0 and 1 all have one price. Prices also make steps in all blocks comparable: late blocks
-    save less and cost less. kl_by_rank, r_by_rank (n,): gradients. distance: r - target. At 0.01,
-    the chance difference between batches, the way back has length 1, as the rest has; from 0.03 on,
-    3. learned (n,): ranks that may move.
+    The price of a rank is the loss that it costs for the FLOPs that it saves. At the best ranks
+    between 0 and 1 all have one price. average, square (n,): of the prices, less their mean, and of
+    their squares. Divided by its own noise, a price that is not sure moves its rank little.
+    distance: r - target. Batches differ by 0.01: there the way back is half as long as a step.
     """
-    saved = (-r_by_rank).clamp(min=1e-4)  # (n,)
-    price = kl_by_rank / saved  # (n,)
-    # Weighted by what they save: then r stays.
-    mean_price = (price * saved * learned).sum() / (saved * learned).sum().clamp(min=1e-4)
-    dear = F.normalize((price - mean_price) * learned, dim=0)
-    return dear - min(max(distance / 0.01, -3), 3) * F.normalize(learned.float(), dim=0)
+    dear = neutral(average / square.sqrt().clamp(min=1e-12), saved)
+    return dear - 0.5 * min(max(distance / 0.01, -3), 3) * (saved > 0)

@@ -13,8 +13,6 @@ import ltmp
 import train
 from extras import adaptive, batching, landing, measuring, models, splits
 
-ALL = torch.ones(6, dtype=torch.bool)
-
 
 def demo(method):
     """The demo model with random thresholds."""
@@ -27,47 +25,64 @@ def demo_images(split, count):
     return torch.stack([image for image, _ in batching.subset(images, count)])
 
 
-def random_gradients():
-    """Of six ranks: d KL / d rank, and d r / d rank, which is below 0."""
+def random_prices():
+    """Of six ranks: what each costs, less the mean, for the FLOPs that it saves; what it saves."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(6, generator=generator), -0.1 - torch.rand(6, generator=generator)
+    cost, saved = torch.randn(6, generator=generator), 0.1 + torch.rand(6, generator=generator)
+    return adaptive.neutral(cost / saved, saved), saved
 
 
 def test_steer_goes_where_the_kl_falls_and_r_stays():
-    kl, r = random_gradients()
-    along = adaptive.steer(kl, r, 0.0, ALL)
-    assert along.norm() == pytest.approx(1)
-    assert along @ r == pytest.approx(0, abs=1e-6)
-    # steer's result is subtracted.
-    assert along @ kl > 0
-    # Only the direction of the gradient counts.
-    torch.testing.assert_close(adaptive.steer(1e-4 * kl, 7 * r, 0.0, ALL), along)
+    price, saved = random_prices()
+    along = adaptive.steer(price, torch.ones(6), saved, 0.0)
+    assert along @ saved == pytest.approx(0, abs=1e-6)
+    # steer's result is subtracted. What a rank costs is its price times what it saves.
+    assert along @ (price * saved) > 0
+    # The loss may have any factor, and r as well.
+    found = adaptive.steer(1e-4 * price, torch.full((6,), 1e-8), 7 * saved, 0.0)
+    torch.testing.assert_close(found, along)
 
 
-def test_steer_compares_what_the_same_flops_cost():
+def test_prices_compare_what_the_same_flops_cost():
     # The last rank saves little and costs little, but more than the others for each FLOP.
-    kl, r = torch.tensor([1.0, 1.0, 0.02]), torch.tensor([-1.0, -1.0, -0.01])
-    along = adaptive.steer(kl, r, 0.0, ALL[:3])
-    assert along[2] > 0 and (along[:2] < 0).all() and along.abs().argmax() == 2
+    cost, saved = torch.tensor([1.0, 1.0, 0.02]), torch.tensor([1.0, 1.0, 0.01])
+    price = adaptive.neutral(cost / saved, saved)
+    assert price[2] > 0 and (price[:2] < 0).all() and price.abs().argmax() == 2
+    assert price @ saved == pytest.approx(0, abs=1e-6)
 
 
-@pytest.mark.parametrize("distance, back", [(0.005, 0.5), (-0.01, -1), (0.7, 3), (-0.7, -3)])
+def test_a_price_that_is_noise_moves_its_rank_little():
+    generator = torch.Generator().manual_seed(0)
+    sure, saved = torch.tensor([1.0, -1.0, 0.0, 0.0]), torch.ones(4)
+    noise = torch.tensor([0.1, 0.1, 1.0, 100.0])
+    average, square = torch.zeros(4), torch.zeros(4)
+    for _ in range(300):
+        price = sure + noise * torch.randn(4, generator=generator)
+        average.lerp_(price, adaptive.MEMORY)
+        square.lerp_(price**2, adaptive.MEMORY)
+    moved = adaptive.steer(average, square, saved, 0.0).abs()
+    assert (moved[:2] > 0.8).all() and (moved[2:] < 0.4).all()
+
+
+@pytest.mark.parametrize("distance, back", [(0.005, 0.25), (-0.01, -0.5), (0.7, 1.5), (-0.7, -1.5)])
 def test_steer_leads_back_to_the_target(distance, back):
-    kl, r = random_gradients()
-    moved = adaptive.steer(kl, r, distance, ALL) - adaptive.steer(kl, r, 0.0, ALL)
-    torch.testing.assert_close(moved, torch.full((6,), -back / 6**0.5))
+    price, saved = random_prices()
+    there, here = (adaptive.steer(price, price**2, saved, far) for far in (distance, 0.0))
+    torch.testing.assert_close(there - here, torch.full((6,), -back))
 
 
 def test_steer_moves_only_what_is_learned():
     learned = torch.tensor([True, False, True, True, False, True])
-    kl, r = random_gradients()
-    assert torch.equal(adaptive.steer(kl, r, 0.01, learned) != 0, learned)
+    price, saved = random_prices()
+    moved = adaptive.steer(price, torch.ones(6), saved * learned, 0.01)
+    assert torch.equal(moved != 0, learned)
     # Without a part that leads back, what is learned leaves r.
-    assert adaptive.steer(kl, r, 0.0, learned) @ r == pytest.approx(0, abs=1e-6)
+    moved = adaptive.steer(price, torch.ones(6), saved * learned, 0.0)
+    assert moved @ (saved * learned) == pytest.approx(0, abs=1e-6)
 
 
 def test_steer_moves_nothing_where_nothing_is_learned():
-    assert not adaptive.steer(*random_gradients(), 0.01, ~ALL).any()
+    assert not adaptive.steer(*(torch.zeros(6),) * 3, 0.01).any()
 
 
 @pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])
@@ -125,8 +140,8 @@ def test_a_start_has_what_pays_at_the_same_r(
     shares = adaptive.choose(model, teacher, images, target)
     assert landing.place(model, images, shares) == pytest.approx(target, abs=0.002)
     *merged, last = (shares[i, "merge"] for i in range(5))
-    assert merged[1:] == pytest.approx([merged[3] * (0.75 + i / 10) / 1.05 for i in range(1, 4)])
-    assert merged[0] == pytest.approx(merged[3] * 0.75 / 1.05 if first else 0)
+    assert merged[1:] == pytest.approx([merged[3]] * 3)
+    assert merged[0] == pytest.approx(merged[3] if first else 0)
     pruned = [shares[i, "prune"] for i in range(5)]
     assert pruned[:4] == [0, 0, 0, pytest.approx(prunes * part * merged[3])]
     # All go in the last block: nothing reads them.
@@ -139,7 +154,7 @@ def test_a_start_has_what_pays_at_the_same_r(
             p, q = (each(images)[0].double().log_softmax(1) for each in (teacher, model))
         return (p.exp() * (p - q)).sum(1).sqrt().mean().item(), scaled
 
-    start = {key: (0.75 + key[0] / 10) / 10 * (key[1] == "merge") for key in shares}
+    start = {key: 0.1 * (key[1] == "merge") for key in shares}
     whole, scaled = root(start | {(4, "merge"): 0.0, (4, "prune"): 10.0})
     without, scaled_without = root(scaled | {(0, "merge"): 0.0})
     assert (whole <= without) == first
