@@ -243,7 +243,7 @@ def drop_dead(tokens):
     live = tokens.live.flatten()  # (B N,)
     count = tokens.live.sum(1, keepdim=True)  # (B, 1)
     number = live.cumsum(0)  # (B N,), 1 for the first live place
-    # Here, and only here, a GPU is waited for.
+    # Here the CPU waits for the GPU; beside this, only the plain attention makes it wait.
     total, longest = torch.stack([number[-1], count.max()]).tolist()
     # All dead places go to row 0, which is cut off.
     alive = number.new_empty(total + 1).scatter_(0, number * live, tokens.rows.flatten())
@@ -300,7 +300,7 @@ def merge(tokens, key, importance, masker):
     decision = masker(torch.where(live_a, similarity, -math.inf))  # (B, Na) of 0 and 1
     merged = decision.bool()  # (B, Na)
 
-    # All pairs, not only those that merge: to pick these out, a GPU would have to wait.
+    # All pairs, not only those that merge: to pick these out, the CPU would wait for the GPU.
     a, b, decided = (t.flatten() for t in (rows_a, partner, decision))  # (M,) each
 
     # The mean of all that merge into b, weighted by size.

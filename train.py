@@ -144,7 +144,7 @@ def main(argv=None):
 
 
 def augmentation(train_set, config, recipe):
-    """timm's default; where objects must keep their size, crops as large as validation's, flipped.
+    """timm's default; where objects keep their size, crops about as large as validation's, flipped.
 
     Zoomed images merge more easily. So the adaptive recipe sees images as landing does. The objects
     of Fashion-MNIST fill the image.

@@ -1,8 +1,8 @@
-"""The recipe for short runs: thresholds start and end where r is the target.
+"""The recipe for short runs: thresholds start where r is the target, and are led back to it.
 
 What is learned is each threshold's rank: the share that it removes of the scores met at the start.
-The loss is the root of the KL from the dense predictions, so labels are not used. A step goes where
-it falls while r stays; a second part leads back to the target.
+The loss is the root of the KL from the dense predictions, so labels are not used. Each step lowers
+the loss and keeps r; a second part leads back to the target.
 """
 
 import math
@@ -16,31 +16,31 @@ from ltmp import METHODS
 from . import landing, measuring, models, runtime
 from .run import Run
 
-STEP = 0.16  # longest step of a rank, times min(1 - target, 0.5) / sqrt(steps)
+STEP = 0.16  # of a rank whose price is sure, times min(1 - target, 0.5) / sqrt(steps)
 MEMORY = 0.03  # weight of the newest price in the averages: they reach back some thirty steps
 WIDTH = 0.05  # of ranks, to both sides, over which the slope of a threshold is taken
-LITTLE = 0.3  # how much is pruned at a start with pruning, as a share of what merges
+LITTLE = 0.3  # of the share that merges: the share that a start with pruning prunes
 
 
-def learn(model, train_set, images, args, device):
+def learn(model, train_set, clean, args, device):
     """Learn the thresholds of model, in place, on a batching.Augmented. Returns the Run.
 
-    images (n, 3, S, S): as validation sees them, for the start. Raises OutOfReach.
+    clean (n, 3, S, S): images as validation sees them, for the start. Raises OutOfReach.
     """
     teacher = models.with_method(model, "dense").eval()
     maskers = landing.maskers(model)
     # In float32: half precision moves the KL of a start by more than starts differ.
     with torch.autocast(device.type, enabled=False):
-        shares = runtime.agreed(choose(model, teacher, images[:128], args.target))
-    scores = start_scores(model, images[:128], shares)
-    ranks = torch.tensor(list(shares.values()), device=device).clamp(max=1)  # (n,)
+        shares = runtime.agreed(choose(model, teacher, clean[:128], args.target))
+    scores = start_scores(model, clean[:128], shares)
+    ranks = torch.tensor([shares[key] for key in maskers], device=device).clamp(max=1)  # (n,)
     learned = (ranks > 0) & (ranks < 1)
     model.requires_grad_(False)
     for key, masker in maskers.items():
         masker.tau = 0.5 * interquartile_range(scores[key])
     thresholds = [masker.threshold.requires_grad_() for masker in maskers.values()]
-    # By way of the CPU: another process has another GPU.
-    r_by_threshold = runtime.agreed(r_gradient(model, images[:64], thresholds).cpu()).to(device)
+    # Once, by way of the CPU: another process has another GPU.
+    r_by_threshold = runtime.agreed(r_gradient(model, clean[:64], thresholds).cpu()).to(device)
 
     state = nn.Module()
     state.register_buffer("ranks", ranks)
@@ -48,8 +48,8 @@ def learn(model, train_set, images, args, device):
         state.register_buffer(name, torch.zeros_like(ranks))
     steps = args.epochs * math.ceil(len(train_set) / (args.batch_size * runtime.processes()[1]))
     with Run(args, {"model": model, "ranks": state}, steps, ("kl", "r", "top1")) as run:
+        model.train()
         for images, labels in run.batches(train_set, model.config.image_size, device):
-            model.train()
             logits, kept = model(images)  # (B, classes), (depth, B)
             with torch.no_grad():
                 wanted = teacher(images)[0]  # (B, classes)
@@ -59,18 +59,18 @@ def learn(model, train_set, images, args, device):
             for threshold in thresholds:
                 # The last block's may have no part in the logits.
                 threshold.grad = torch.zeros_like(threshold)
-            # The factor cancels in steer. In float16 small gradients would be 0 without it.
+            # Only ratios of gradients count. In float16 small ones would be 0 without the factor.
             (1024 * loss).backward()
             runtime.sum_gradients(thresholds)
             run.check_finite(loss, thresholds)
 
             slopes = rank_slopes(maskers, scores, state.ranks)  # (n,)
-            saved = (-r_by_threshold * slopes).clamp(min=1e-4) * learned  # (n,)
+            saved = (-r_by_threshold * slopes).clamp(min=1e-4)  # (n,)
             cost = torch.cat([threshold.grad for threshold in thresholds]) * slopes  # (n,)
-            price = neutral(cost / saved.clamp(min=1e-4), saved)
+            price = neutral(cost / saved, saved * learned)
             state.average.lerp_(price, MEMORY)
             state.square.lerp_(price**2, MEMORY)
-            direction = steer(state.average, state.square, saved, r - args.target)
+            direction = steer(state.average, state.square, saved * learned, r - args.target)
             # Short at first, and at the end.
             longest = STEP * min(1 - args.target, 0.5) / math.sqrt(steps)
             length = longest * math.sin(math.pi * (run.step + 0.5) / steps)
@@ -86,11 +86,11 @@ def learn(model, train_set, images, args, device):
 def choose(model, teacher, images, target):
     """The shares to start from. Shares of 0 and 1 are not learned.
 
-    Nothing reads what the last block could remove, so there all tokens go. A gradient tells what
+    Nothing reads what the last block could remove, so tokens go there first. A gradient tells what
     the next token costs, not what all up to a rank cost. So starts at the same r are compared by
     the root of their KL. First: merging in the other blocks, equal shares. Second: none in the
     first; kept if a tenth better, since what is off is not learned. Third: a little pruning in the
-    second half; kept if at most a tenth worse. If merging misses the target, both start everywhere.
+    second half; kept if at most a tenth worse. If merging misses the target, both start together.
     """
     wanted = predict(teacher, images)
     tolerance = min(0.002, 0.02 * (1 - target))
@@ -107,15 +107,15 @@ def choose(model, teacher, images, target):
     parts = {"merge": 1, "prune": LITTLE}
     both = {key: landing.SHARE * parts[key[1]] for key in landing.maskers(model)}
     both |= {(last, step): 0.0 for step in steps}
-    # 10: all, also where scaling makes the other shares small.
-    both[last, "prune" if "prune" in steps else "merge"] = 10.0
+    # All that can go, unless the others remove next to nothing.
+    both[last, "prune" if "prune" in steps else "merge"] = 1000.0
     prunes = [key for key in both if key[1] == "prune" and key[0] < last]
     kl, shares = reach(both | dict.fromkeys(prunes, 0.0)) if "merge" in steps else (math.inf, both)
     if kl == math.inf:
         return landing.scale(model, images, target, both)[1]
-    runtime.say(f"start: merging in all blocks, root of the KL {kl:.3g}")
+    runtime.say(f"start: merging, root of the KL {kl:.3g}")
     late = [key for key in prunes if key[0] > last / 2]
-    # What to try, as a share of what the block merges; where; how much worse it may be.
+    # What to try; its share, of the share that merges; where; how much worse it may be.
     trials = [("none in the first", 0.0, [(0, "merge")], 0.9)]
     trials += [("a little pruning", LITTLE, late, 1.1)] if late else []
     for name, part, keys, most in trials:
@@ -169,7 +169,7 @@ def rank_slopes(maskers, scores, ranks):
 def r_gradient(model, images, thresholds):
     """d r / d threshold of all (n,), by the gradient that learning goes by.
 
-    What is wrong with that gradient of a decision is wrong with the KL's in the same way.
+    So r and the KL share the errors of that gradient.
     """
     model.train()
     found = torch.zeros(len(thresholds), device=images.device)
@@ -191,10 +191,10 @@ def neutral(values, saved):
 def steer(average, square, saved, distance):
     """What to subtract from the ranks (n,): dear ones go down, cheap ones up, and r to the target.
 
-    The price of a rank is the loss that it costs for the FLOPs that it saves. At the best ranks
-    between 0 and 1 all have one price. average, square (n,): of the prices, less their mean, and of
-    their squares. Divided by its own noise, a price that is not sure moves its rank little.
-    distance: r - target. Batches differ by 0.01: there the way back is half as long as a step.
+    The price of a rank is how much loss it adds for each FLOP that it saves. At the best ranks
+    between 0 and 1 all have one price. average, square (n,): averages of prices, less the mean of
+    all, and of their squares. Their ratio is small where a price changes its sign, as noise does.
+    distance: r - target. 0.01, by which batches differ by chance, counts half of a sure price.
     """
     dear = neutral(average / square.sqrt().clamp(min=1e-12), saved)
     return dear - 0.5 * min(max(distance / 0.01, -3), 3) * (saved > 0)
