@@ -172,10 +172,10 @@ def result(model, args, images):
         "processes": runtime.processes()[1],
         "version": ltmp.__version__,
     }
+    names = ["epochs", "batch_size", "landing"]
     if args.recipe == "paper":
-        names = ("epochs", "batch_size", "lr", "reg_weight", "tau", "landing")
-        found |= {name: getattr(args, name) for name in names}
-    return models.seal(found)
+        names += ["lr", "reg_weight", "tau"]
+    return models.seal(found | {name: getattr(args, name) for name in names})
 
 
 def parse_args(argv=None):
