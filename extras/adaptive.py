@@ -167,10 +167,7 @@ def rank_slopes(maskers, scores, ranks):
 
 
 def r_gradient(model, images, thresholds):
-    """d r / d threshold of all (n,), by the gradient that learning goes by.
-
-    So r and the KL share the errors of that gradient.
-    """
+    """d r / d threshold of all (n,), by the gradient that learning goes by."""
     model.train()
     found = torch.zeros(len(thresholds), device=images.device)
     for batch in images.split(8):

@@ -155,7 +155,7 @@ def test_a_start_has_what_pays_at_the_same_r(
         return (p.exp() * (p - q)).sum(1).sqrt().mean().item(), scaled
 
     start = {key: 0.1 * (key[1] == "merge") for key in shares}
-    whole, scaled = root(start | {(4, "merge"): 0.0, (4, "prune"): 10.0})
+    whole, scaled = root(start | {(4, "merge"): 0.0, (4, "prune"): 1000.0})
     without, scaled_without = root(scaled | {(0, "merge"): 0.0})
     assert (without >= 0.9 * whole) == first
     start = scaled if first else scaled_without
