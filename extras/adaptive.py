@@ -2,10 +2,12 @@
 
 What is learned is each threshold's rank: the share that it removes of the scores met at the start.
 The loss is the root of the KL from the dense predictions, so labels are not used. Each step lowers
-the loss and keeps r; a second part leads back to the target.
+the loss and keeps r; a second part leads back to the target. What was learned is kept if it is
+better than the start.
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -18,7 +20,6 @@ from .run import Run
 
 STEP = 0.16  # of a rank whose price is sure, times min(1 - target, 0.5) / sqrt(steps)
 MEMORY = 0.03  # weight of the newest price in the averages: they reach back some thirty steps
-WIDTH = 0.05  # of ranks, to both sides, over which the slope of a threshold is taken
 LITTLE = 0.3  # of the share that merges: the share that a start with pruning prunes
 
 
@@ -29,15 +30,12 @@ def learn(model, train_set, clean, args, device):
     """
     teacher = models.with_method(model, "dense").eval()
     maskers = landing.maskers(model)
-    # In float32: half precision moves the KL of a start by more than starts differ.
-    with torch.autocast(device.type, enabled=False):
-        shares = runtime.agreed(choose(model, teacher, clean[:128], args.target))
+    shares = runtime.agreed(choose(model, teacher, clean[:128], args.target))
     scores = start_scores(model, clean[:128], shares)
     ranks = torch.tensor([shares[key] for key in maskers], device=device).clamp(max=1)  # (n,)
     learned = (ranks > 0) & (ranks < 1)
     model.requires_grad_(False)
-    for key, masker in maskers.items():
-        masker.tau = 0.5 * interquartile_range(scores[key])
+    set_ranks(maskers, scores, ranks)
     thresholds = [masker.threshold.requires_grad_() for masker in maskers.values()]
     # Once, by way of the CPU: another process has another GPU.
     r_by_threshold = runtime.agreed(r_gradient(model, clean[:64], thresholds).cpu()).to(device)
@@ -48,13 +46,15 @@ def learn(model, train_set, clean, args, device):
         state.register_buffer(name, torch.zeros_like(ranks))
     steps = args.epochs * math.ceil(len(train_set) / (args.batch_size * runtime.processes()[1]))
     with Run(args, {"model": model, "ranks": state}, steps, ("kl", "r", "top1")) as run:
+        if not run.landed:
+            slopes = set_ranks(maskers, scores, state.ranks)  # (n,)
         model.train()
         for images, labels in run.batches(train_set, model.config.image_size, device):
             logits, kept = model(images)  # (B, classes), (depth, B)
             with torch.no_grad():
                 wanted = teacher(images)[0]  # (B, classes)
             kl = measuring.kl_divergence(logits.float(), wanted.float())  # (B,)
-            loss = run.mean(root(kl))
+            loss = run.mean(measuring.root(kl))
             r = run.mean(model_flops(model.config, kept) / model_flops(model.config)).item()
             for threshold in thresholds:
                 # The last block's may have no part in the logits.
@@ -64,7 +64,6 @@ def learn(model, train_set, clean, args, device):
             runtime.sum_gradients(thresholds)
             run.check_finite(loss, thresholds)
 
-            slopes = rank_slopes(maskers, scores, state.ranks)  # (n,)
             saved = (-r_by_threshold * slopes).clamp(min=1e-4)  # (n,)
             cost = torch.cat([threshold.grad for threshold in thresholds]) * slopes  # (n,)
             price = neutral(cost / saved, saved * learned)
@@ -75,11 +74,13 @@ def learn(model, train_set, clean, args, device):
             longest = STEP * min(1 - args.target, 0.5) / math.sqrt(steps)
             length = longest * math.sin(math.pi * (run.step + 0.5) / steps)
             state.ranks.sub_(length * direction).clamp_(0, 1)
-            set_ranks(maskers, scores, state.ranks)
+            slopes = set_ranks(maskers, scores, state.ranks)
 
             kl = run.mean(kl).item()
             top1 = 100 * run.mean((logits.argmax(1) == labels).float()).item()
             run.end_step((kl, r, top1), f"KL {kl:.2g}, r {r:.3f} (target {args.target:g})")
+    if args.landing and not run.landed:
+        keep_better(model, teacher, clean[-256:], args.target, shares)
     return run
 
 
@@ -92,17 +93,8 @@ def choose(model, teacher, images, target):
     first; kept if a tenth better, since what is off is not learned. Third: a little pruning in the
     second half; kept if at most a tenth worse. If merging misses the target, both start together.
     """
-    wanted = predict(teacher, images)
-    tolerance = min(0.002, 0.02 * (1 - target))
-
-    def reach(shares):
-        try:
-            shares = landing.scale(model, images, target, shares, tolerance)[1]
-        except landing.OutOfReach:
-            return math.inf, shares
-        kl = measuring.kl_divergence(predict(model, images), wanted)  # (n,)
-        return root(kl).mean().item(), shares
-
+    wanted = measuring.predict(teacher, images)
+    reach = partial(at_target, model, images, wanted, target)
     steps, last = METHODS[model.method], len(model.blocks) - 1
     parts = {"merge": 1, "prune": LITTLE}
     both = {key: landing.SHARE * parts[key[1]] for key in landing.maskers(model)}
@@ -126,15 +118,26 @@ def choose(model, teacher, images, target):
     return shares
 
 
-def root(kl):
-    """Of KLs (n,), differentiable at 0: the mean of the KL itself depends on a few images."""
-    return (kl.clamp(min=0) + 1e-6).sqrt()
+def at_target(model, images, wanted, target, shares):
+    """Scale shares until r is the target. Returns the root of the KL from wanted, and them."""
+    try:
+        # In float32: half precision moves the KL by more than starts differ.
+        with torch.autocast(images.device.type, enabled=False):
+            near = min(0.002, 0.02 * (1 - target))
+            shares = landing.scale(model, images, target, shares, near)[1]
+            kl = measuring.kl_divergence(measuring.predict(model, images), wanted)  # (n,)
+    except landing.OutOfReach:
+        return math.inf, shares
+    return measuring.root(kl).mean().item(), shares
 
 
-@torch.no_grad()
-def predict(model, images):
-    """Logits (n, classes) float64 of images (n, 3, S, S), in inference."""
-    return torch.cat([model.eval()(batch)[0].double() for batch in images.split(64)])
+def keep_better(model, teacher, images, target, start):
+    """Put the thresholds back where they started, if that is better at the same r."""
+    wanted = measuring.predict(teacher, images)
+    found = at_target(model, images, wanted, target, landing.shares_of(model, images)[0])
+    first = at_target(model, images, wanted, target, start)
+    runtime.say(f"root of the KL: {found[0]:.3g} learned, {first[0]:.3g} at the start")
+    landing.place(model, images, min(found, first, key=lambda pair: pair[0])[1])
 
 
 def start_scores(model, images, shares):
@@ -144,25 +147,21 @@ def start_scores(model, images, shares):
     return {key: found.sort().values for key, found in scores.items()}
 
 
-def interquartile_range(scores):
-    """Of sorted scores (n,), above 0 also where there are none, or all are equal."""
-    n = len(scores)
-    return max((scores[n * 3 // 4] - scores[n // 4]).item(), 1e-6) if n else 1e-6
-
-
 def set_ranks(maskers, scores, ranks):
-    """Put each threshold where it removes its rank (n,), a share of its scores."""
-    for (key, masker), rank in zip(maskers.items(), ranks.tolist(), strict=True):
-        masker.threshold.data.copy_(landing.threshold_at(key[1], scores[key], rank))
+    """Put each threshold where it removes its rank (n,), a share of its scores, and set its tau.
 
-
-def rank_slopes(maskers, scores, ranks):
-    """d threshold / d rank of each (n,), over WIDTH to both sides, as far as there are any."""
+    Its gradient sees from half its rank to as far beyond: as many scores below it as above. Where
+    few tokens go, more of those that stay would hide what they cost. Returns d threshold / d rank
+    there (n,).
+    """
     slopes = []
-    for key, rank in zip(maskers, ranks.tolist(), strict=True):
-        low, high = max(rank - WIDTH, 0.0), min(rank + WIDTH, 1.0)
-        rise = [landing.threshold_at(key[1], scores[key], end) for end in (low, high)]
-        slopes.append((rise[1] - rise[0]) / (high - low))
+    for (key, masker), rank in zip(maskers.items(), ranks.tolist(), strict=True):
+        half = max(0.5 * min(rank, 1 - rank), 0.01)
+        low, high = max(rank - half, 0.0), min(rank + half, 1.0)
+        ends = [landing.threshold_at(key[1], scores[key], share) for share in (rank, low, high)]
+        masker.threshold.data.copy_(ends[0])
+        masker.tau = max(0.5 * abs(ends[2] - ends[1]).item(), 1e-6)
+        slopes.append((ends[2] - ends[1]) / (high - low))
     return torch.stack(slopes)
 
 

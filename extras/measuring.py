@@ -88,6 +88,17 @@ def kl_divergence(logits, wanted):
     return F.kl_div(logits, wanted, reduction="none", log_target=True).sum(1)
 
 
+def root(kl):
+    """Of KLs (n,), differentiable at 0: the mean of the KL itself depends on a few images."""
+    return (kl.clamp(min=0) + 1e-6).sqrt()
+
+
+@torch.no_grad()
+def predict(model, images):
+    """Logits (n, classes) float64 of images (n, 3, S, S), in inference."""
+    return torch.cat([model.eval()(batch)[0].double() for batch in images.split(64)])
+
+
 def report(metrics):
     """metrics as lines of text."""
     target = f" (target {metrics['target']:g})" if "target" in metrics else ""

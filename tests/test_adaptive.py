@@ -105,8 +105,8 @@ def test_thresholds_that_only_the_class_token_reaches_can_start(spread_model):
     images = torch.randn(4, 3, size, size)
     scores = adaptive.start_scores(model, images, {key: 1.0 for key in maskers})
     assert scores.keys() == maskers.keys() and not len(scores[2, "prune"])
-    assert all(adaptive.interquartile_range(found) > 0 for found in scores.values())
-    adaptive.set_ranks(maskers, scores, torch.full((6,), 0.5))
+    slopes = adaptive.set_ranks(maskers, scores, torch.full((6,), 0.5))
+    assert slopes.isfinite().all() and all(masker.tau > 0 for masker in maskers.values())
     assert model.blocks[2].prune_masker.threshold == 0
 
 
@@ -118,11 +118,51 @@ def test_ranks_are_shares_of_the_scores_met(spread_model):
     shares = dict.fromkeys(maskers, 0.125)
     scores = adaptive.start_scores(model, images, shares)
     placed = [masker.threshold.item() for masker in maskers.values()]
-    adaptive.set_ranks(maskers, scores, torch.full((12,), 0.125))
+    slopes = adaptive.set_ranks(maskers, scores, torch.full((12,), 0.125))
     assert [masker.threshold.item() for masker in maskers.values()] == placed
     # A higher rank means a lower merge threshold, and a higher prune threshold.
-    slopes = adaptive.rank_slopes(maskers, scores, torch.full((12,), 0.125))
     assert (slopes[::2] < 0).all() and (slopes[1::2] > 0).all()
+
+
+@pytest.mark.parametrize("rank, half", [(0.0, 0.01), (0.1, 0.05), (0.5, 0.25), (0.9, 0.05)])
+def test_a_gradient_sees_as_many_scores_below_its_threshold_as_above(spread_model, rank, half):
+    maskers = landing.maskers(spread_model(0, "ltmp", depth=1))
+    scores = {key: torch.linspace(0, 1, 100_000) ** 2 for key in maskers}
+    slopes = adaptive.set_ranks(maskers, scores, torch.full((2,), rank))
+    low, high = max(rank - half, 0), rank + half
+    heights = {"merge": ((1 - low) ** 2, (1 - high) ** 2), "prune": (low**2, high**2)}
+    for (_, step), slope in zip(maskers, slopes, strict=True):
+        start, end = heights[step]
+        assert slope == pytest.approx((end - start) / (high - low), rel=0.02)
+        assert maskers[0, step].tau == pytest.approx(0.5 * abs(end - start), rel=0.02)
+
+
+def test_what_a_little_pruning_costs_is_near_its_differences():
+    model, images = demo("ltmp"), demo_images("train", 64)
+    maskers = landing.maskers(model)
+    merging = {key: 0.1 * (key[1] == "merge" and key[0] > 0) for key in maskers}
+    _, shares = landing.scale(model, images, 0.6, merging)
+    scores = adaptive.start_scores(model, images, shares)
+    wanted = measuring.predict(demo("dense"), images)
+
+    def root(logits):
+        return measuring.root(measuring.kl_divergence(logits, wanted)).mean()
+
+    for block in (1, 2, 3, 4):
+
+        def pruning(rank, block=block):
+            ranks = shares | {(block, "prune"): rank}
+            return adaptive.set_ranks(maskers, scores, torch.tensor(list(ranks.values())).float())
+
+        ends = []
+        for rank in (0.025, 0.075):
+            pruning(rank)
+            ends.append(root(measuring.predict(model, images)).item())
+        slope = pruning(0.05)[2 * block + 1]
+        threshold = maskers[block, "prune"].threshold
+        (gradient,) = torch.autograd.grad(root(model.train()(images)[0]), threshold)
+        # Windows as wide as half of all scores give less than a fifth.
+        assert 0.4 < gradient * slope / ((ends[1] - ends[0]) / 0.05) < 2.5
 
 
 @pytest.mark.parametrize(
@@ -254,14 +294,10 @@ def test_the_gradient_of_r_is_near_its_differences(method, cosine):
     _, shares = landing.start(model, images, 0.5, steps=(ltmp.METHODS[method][0],))
     scores = adaptive.start_scores(model, images, shares)
     ranks = torch.tensor(list(shares.values()))
-    for key, masker in maskers.items():
-        quarter = len(scores[key]) // 4
-        masker.tau = 0.5 * (scores[key][3 * quarter] - scores[key][quarter]).item()
     model.requires_grad_(False)
     thresholds = [masker.threshold.requires_grad_() for masker in maskers.values()]
-    adaptive.set_ranks(maskers, scores, ranks)
-    slopes = adaptive.r_gradient(model, images, thresholds)
-    slopes = slopes * adaptive.rank_slopes(maskers, scores, ranks)
+    slopes = adaptive.set_ranks(maskers, scores, ranks)
+    slopes = slopes * adaptive.r_gradient(model, images, thresholds)
     differences = []
     for i, rank in enumerate(ranks.tolist()):
         found, ends = [], (rank + 0.05, max(rank - 0.05, 0.0))
