@@ -242,10 +242,9 @@ def drop_dead(tokens):
     """Inference: leave the dead rows out of x, and number the rest anew, image after image."""
     live = tokens.live.flatten()  # (B N,)
     count = tokens.live.sum(1, keepdim=True)  # (B, 1)
-    # Here the CPU waits for the GPU; beside this, only the plain attention makes it wait.
-    counts = count[:, 0].tolist()
-    total, longest = sum(counts), max(counts)
     number = live.cumsum(0)  # (B N,), 1 for the first live place
+    # Here the CPU waits for the GPU; beside this, only the plain attention makes it wait.
+    total, longest = torch.stack([number[-1], count.max()]).tolist()
     # All dead places go to row 0, which is cut off.
     alive = number.new_empty(total + 1).scatter_(0, number * live, tokens.rows.flatten())
     alive = alive.narrow(0, 1, total)  # (T',)

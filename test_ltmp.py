@@ -484,7 +484,7 @@ def test_a_block_needs_few_operations_in_inference(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, "tolist", waiting)
         model.blocks[0](tokens, kernel)
-    assert operations.count <= 53 and operations.waits == 1
+    assert operations.count <= 55 and operations.waits == 1
 
 
 @pytest.mark.parametrize("attention", [None, fast_attention])

@@ -1,9 +1,9 @@
 """The recipe for short runs: thresholds start where r is the target, and are led back to it.
 
 What is learned is each threshold's rank: the share that it removes of the scores met at the start.
-The loss is the root of the KL from the dense predictions, so labels are not used. Each step lowers
-the loss and keeps r; a second part leads back to the target. What was learned is kept if it is
-better than the start.
+The loss is the root of the KL from the dense predictions, so labels are not used. A step has two
+parts: one goes where the loss falls and r stays, the other leads r back to the target. Before
+landing, learning is undone where the start is better.
 """
 
 import math
@@ -20,25 +20,26 @@ from .run import Run
 
 STEP = 0.16  # of a rank whose price is sure, times min(1 - target, 0.5) / sqrt(steps)
 MEMORY = 0.03  # weight of the newest price in the averages: they reach back some thirty steps
-LITTLE = 0.3  # of the share that merges: the share that a start with pruning prunes
+LITTLE = 0.3  # a start with pruning prunes this much of what it merges
 
 
 def learn(model, train_set, clean, args, device):
     """Learn the thresholds of model, in place, on a batching.Augmented. Returns the Run.
 
-    clean (n, 3, S, S): images as validation sees them, for the start. Raises OutOfReach.
+    clean (n, 3, S, S): training images as validation sees them. Raises OutOfReach.
     """
     teacher = models.with_method(model, "dense").eval()
     maskers = landing.maskers(model)
     shares = runtime.agreed(choose(model, teacher, clean[:128], args.target))
-    scores = start_scores(model, clean[:128], shares)
+    scores = runtime.agreed(start_scores(model, clean[:128], shares))
     ranks = torch.tensor([shares[key] for key in maskers], device=device).clamp(max=1)  # (n,)
     learned = (ranks > 0) & (ranks < 1)
     model.requires_grad_(False)
-    set_ranks(maskers, scores, ranks)
+    slopes = set_ranks(maskers, scores, ranks)  # (n,)
     thresholds = [masker.threshold.requires_grad_() for masker in maskers.values()]
-    # Once, by way of the CPU: another process has another GPU.
-    r_by_threshold = runtime.agreed(r_gradient(model, clean[:64], thresholds).cpu()).to(device)
+    # What each rank saves, at the start: agreed by way of the CPU, as GPUs differ.
+    saved = (-r_gradient(model, clean[:64], thresholds) * slopes).clamp(min=1e-4)  # (n,)
+    saved = runtime.agreed(saved.cpu()).to(device)
 
     state = nn.Module()
     state.register_buffer("ranks", ranks)
@@ -47,7 +48,7 @@ def learn(model, train_set, clean, args, device):
     steps = args.epochs * math.ceil(len(train_set) / (args.batch_size * runtime.processes()[1]))
     with Run(args, {"model": model, "ranks": state}, steps, ("kl", "r", "top1")) as run:
         if not run.landed:
-            slopes = set_ranks(maskers, scores, state.ranks)  # (n,)
+            slopes = set_ranks(maskers, scores, state.ranks)
         model.train()
         for images, labels in run.batches(train_set, model.config.image_size, device):
             logits, kept = model(images)  # (B, classes), (depth, B)
@@ -64,7 +65,6 @@ def learn(model, train_set, clean, args, device):
             runtime.sum_gradients(thresholds)
             run.check_finite(loss, thresholds)
 
-            saved = (-r_by_threshold * slopes).clamp(min=1e-4)  # (n,)
             cost = torch.cat([threshold.grad for threshold in thresholds]) * slopes  # (n,)
             price = neutral(cost / saved, saved * learned)
             state.average.lerp_(price, MEMORY)
@@ -91,7 +91,8 @@ def choose(model, teacher, images, target):
     the next token costs, not what all up to a rank cost. So starts at the same r are compared by
     the root of their KL. First: merging in the other blocks, equal shares. Second: none in the
     first; kept if a tenth better, since what is off is not learned. Third: a little pruning in the
-    second half; kept if at most a tenth worse. If merging misses the target, both start together.
+    second half; kept if at most a tenth worse. Without merging, or where merging alone misses the
+    target, all steps start in all blocks.
     """
     wanted = measuring.predict(teacher, images)
     reach = partial(at_target, model, images, wanted, target)
@@ -120,49 +121,52 @@ def choose(model, teacher, images, target):
 
 def at_target(model, images, wanted, target, shares):
     """Scale shares until r is the target. Returns the root of the KL from wanted, and them."""
+    near = min(0.002, 0.02 * (1 - target))
     try:
-        # In float32: half precision moves the KL by more than starts differ.
-        with torch.autocast(images.device.type, enabled=False):
-            near = min(0.002, 0.02 * (1 - target))
-            shares = landing.scale(model, images, target, shares, near)[1]
-            kl = measuring.kl_divergence(measuring.predict(model, images), wanted)  # (n,)
+        shares = landing.scale(model, images, target, shares, near)[1]
     except landing.OutOfReach:
         return math.inf, shares
+    kl = measuring.kl_divergence(measuring.predict(model, images), wanted)  # (n,)
     return measuring.root(kl).mean().item(), shares
 
 
 def keep_better(model, teacher, images, target, start):
-    """Put the thresholds back where they started, if that is better at the same r."""
+    """Bring what was learned, and the start, to the target; leave the better one's thresholds."""
     wanted = measuring.predict(teacher, images)
-    found = at_target(model, images, wanted, target, landing.shares_of(model, images)[0])
+    # What was not learned keeps its share: it may stand for far more than all.
+    fixed = {key: share for key, share in start.items() if not 0 < share < 1}
+    learned = landing.shares_of(model, images)[0] | fixed
+    found = at_target(model, images, wanted, target, learned)
     first = at_target(model, images, wanted, target, start)
     runtime.say(f"root of the KL: {found[0]:.3g} learned, {first[0]:.3g} at the start")
     landing.place(model, images, min(found, first, key=lambda pair: pair[0])[1])
 
 
 def start_scores(model, images, shares):
-    """Place the thresholds at their shares. Returns the scores that each meets, sorted (n,)."""
+    """Place the thresholds at their shares. Returns the scores (n,) that each meets, sorted."""
     with landing.Placing(model, shares):
         scores, _ = landing.scores_met(model, images)
-    return {key: found.sort().values for key, found in scores.items()}
+    return {key: found.sort().values.cpu() for key, found in scores.items()}
 
 
 def set_ranks(maskers, scores, ranks):
     """Put each threshold where it removes its rank (n,), a share of its scores, and set its tau.
 
-    Its gradient sees from half its rank to as far beyond: as many scores below it as above. Where
-    few tokens go, more of those that stay would hide what they cost. Returns d threshold / d rank
-    there (n,).
+    Its gradient sees scores around it, as many below as above: half of those between it and the
+    nearer end. Where few tokens go, more of those that stay would hide what they cost. Returns
+    d threshold / d rank there (n,).
     """
     slopes = []
     for (key, masker), rank in zip(maskers.items(), ranks.tolist(), strict=True):
         half = max(0.5 * min(rank, 1 - rank), 0.01)
-        low, high = max(rank - half, 0.0), min(rank + half, 1.0)
-        ends = [landing.threshold_at(key[1], scores[key], share) for share in (rank, low, high)]
-        masker.threshold.data.copy_(ends[0])
-        masker.tau = max(0.5 * abs(ends[2] - ends[1]).item(), 1e-6)
-        slopes.append((ends[2] - ends[1]) / (high - low))
-    return torch.stack(slopes)
+        # At ranks 0 and 1 a threshold is far from all scores.
+        low, high = max(rank - half, 0.005), min(rank + half, 0.995)
+        at = partial(landing.threshold_at, key[1], scores[key])
+        rise = at(high) - at(low)
+        masker.threshold.data.copy_(at(rank))
+        masker.tau = max(0.5 * abs(rise).item(), 1e-6)
+        slopes.append(rise / (high - low))
+    return torch.stack(slopes).to(ranks.device)
 
 
 def r_gradient(model, images, thresholds):

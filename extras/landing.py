@@ -33,19 +33,20 @@ def maskers(model):
 
 
 def threshold_at(step, scores, share):
-    """The threshold () between the scores (n,) that removes this share of them.
+    """The threshold () between scores (n,), sorted from low to high, that removes this share.
 
     The most similar tokens merge, the least important are dropped. Share 0 gives 1 for merge and 0
-    for prune, where both are off; 1 and more removes all.
+    for prune, where both are off; 1 and more removes all that are not below 0.
     """
     count = round(min(share, 1.0) * len(scores))
     if count == 0:
         return scores.new_tensor(1.0 if step == "merge" else 0.0)
-    # Sorted by who goes first. A threshold halfway between two scores does not hang on rounding.
-    scores = scores.sort(descending=step == "merge").values
     end = scores.new_tensor(0.0 if step == "merge" else 1.0)
-    following = scores[count] if count < len(scores) else end
-    return ((scores[count - 1] + following) / 2).clamp(0, 1)
+    # Those who go first are the highest for merge, the lowest for prune.
+    last, following = (-count, -count - 1) if step == "merge" else (count - 1, count)
+    following = scores[following] if count < len(scores) else end
+    # A threshold halfway between two scores does not hang on rounding.
+    return ((scores[last] + following) / 2).clamp(0, 1)
 
 
 class Placing:
@@ -62,7 +63,7 @@ class Placing:
 
     def hook(self, block, step):
         def place(masker, inputs):
-            scores = inputs[0][inputs[0].isfinite()]  # (n,)
+            scores = inputs[0][inputs[0].isfinite()].sort().values  # (n,)
             masker.threshold.data.copy_(threshold_at(step, scores, self.shares[block, step]))
 
         return place
@@ -137,7 +138,8 @@ def scale(model, images, target, shares, tolerance=0.002, now=None):
     # log r falls nearly straight. A little further than that, until r is beyond the target.
     while r > target + tolerance and factor < largest:
         low = (factor, r)
-        factor = min(largest, 1.1 * factor * math.log(target) / min(math.log(r), -1e-3))
+        times = math.log(target) / min(math.log(r), 0.01 * math.log(target))
+        factor = min(largest, 1.1 * times * factor)
         r = place(model, images, scaled(factor))
     if r > target + tolerance:
         raise OutOfReach(f"the target {target:g} is out of reach: the lowest r is {r:.3f}")

@@ -124,17 +124,19 @@ def test_ranks_are_shares_of_the_scores_met(spread_model):
     assert (slopes[::2] < 0).all() and (slopes[1::2] > 0).all()
 
 
-@pytest.mark.parametrize("rank, half", [(0.0, 0.01), (0.1, 0.05), (0.5, 0.25), (0.9, 0.05)])
-def test_a_gradient_sees_as_many_scores_below_its_threshold_as_above(spread_model, rank, half):
+@pytest.mark.parametrize(
+    "rank, low, high",
+    [(0.0, 0.005, 0.01), (0.1, 0.05, 0.15), (0.5, 0.25, 0.75), (0.9, 0.85, 0.95), (1, 0.99, 0.995)],
+)
+def test_a_gradient_sees_as_many_scores_below_its_threshold_as_above(spread_model, rank, low, high):
     maskers = landing.maskers(spread_model(0, "ltmp", depth=1))
-    scores = {key: torch.linspace(0, 1, 100_000) ** 2 for key in maskers}
+    scores = {key: 0.2 + 0.6 * torch.linspace(0, 1, 100_000) ** 2 for key in maskers}
     slopes = adaptive.set_ranks(maskers, scores, torch.full((2,), rank))
-    low, high = max(rank - half, 0), rank + half
-    heights = {"merge": ((1 - low) ** 2, (1 - high) ** 2), "prune": (low**2, high**2)}
+    rises = {"merge": (1 - high) ** 2 - (1 - low) ** 2, "prune": high**2 - low**2}
     for (_, step), slope in zip(maskers, slopes, strict=True):
-        start, end = heights[step]
-        assert slope == pytest.approx((end - start) / (high - low), rel=0.02)
-        assert maskers[0, step].tau == pytest.approx(0.5 * abs(end - start), rel=0.02)
+        rise = 0.6 * rises[step]
+        assert slope == pytest.approx(rise / (high - low), rel=0.02)
+        assert maskers[0, step].tau == pytest.approx(0.5 * abs(rise), rel=0.02)
 
 
 def test_what_a_little_pruning_costs_is_near_its_differences():
@@ -240,7 +242,8 @@ def test_learning_is_kept_only_where_it_betters_the_start(spread_model, capsys, 
     images = torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(0))
     teacher = models.with_method(model, "dense").eval()
     maskers = landing.maskers(model)
-    both = [{key: 0.1 * (key == (0, "merge")) for key in maskers}, dict.fromkeys(maskers, 0.1)]
+    both = [{key: 0.5 if key == (0, "merge") else 0.01 for key in maskers}]
+    both.append(dict.fromkeys(maskers, 0.1))
     roots, thresholds = [], []
     for i, shares in enumerate(both):
         both[i] = landing.scale(model, images, 0.9, shares)[1]

@@ -31,14 +31,14 @@ def test_share_0_is_off_and_share_1_is_all(spread_model, images):
     assert landing.place(model, images, dict.fromkeys(landing.maskers(model), 0.0)) == 1
     assert set(values(model).values()) == {0.0, 1.0}
     assert values(model)[0, "merge"] == 1 and values(model)[0, "prune"] == 0
-    scores = torch.tensor([0.9, 0.2, 0.6])
+    scores = torch.tensor([0.2, 0.6, 0.9])
     assert landing.threshold_at("merge", scores, 1.0) < 0.2
     assert landing.threshold_at("prune", scores, 1.0) >= 0.9
 
 
 @pytest.mark.parametrize("step, middle", [("merge", 0.65), ("prune", 0.2)])
 def test_a_threshold_is_halfway_between_two_scores(step, middle):
-    scores = torch.tensor([0.5, 0.1, 0.8, 0.3])
+    scores = torch.tensor([0.1, 0.3, 0.5, 0.8])
     assert landing.threshold_at(step, scores, 0.25).item() == pytest.approx(middle)
 
 
@@ -105,6 +105,23 @@ def test_landing_from_nearby_looks_few_times(spread_model, images, monkeypatch, 
     monkeypatch.setattr(landing, "place", lambda *found: calls.append(found) or place(*found))
     assert landing.land(model, images, target)[1] == pytest.approx(target, abs=0.003)
     assert len(calls) <= 5
+
+
+@pytest.mark.parametrize("share", [1e-3, 0.01])
+def test_a_target_next_to_1_ends(spread_model, images, monkeypatch, share):
+    model = spread_model(2, "ltmp")
+    calls = []
+    place = landing.place
+
+    def counted(*found):
+        calls.append(found)
+        assert len(calls) < 40
+        return place(*found)
+
+    monkeypatch.setattr(landing, "place", counted)
+    shares = {key: share * (key == (0, "merge")) for key in landing.maskers(model)}
+    r, _ = landing.scale(model, images, 0.9995, shares, 1e-4)
+    assert 0 < 1 - r < 0.01
 
 
 def test_what_is_at_the_target_stays_as_it_is(spread_model, images):
