@@ -116,7 +116,7 @@ def main(argv=None):
     # Adaptive learning, and landing, look at images as validation sees them.
     train_set.transform = val_set.transform = models.clean_transform(model.config)
     if args.method != "dense":
-        images = batching.load_images(train_set, args, device)  # (512, 3, S, S)
+        images = batching.load_images(train_set, args, device)  # (n, 3, S, S), n <= 512
     transform = augmentation(train_set, model.config, args.recipe)
     augmented = batching.Augmented(train_set, transform, args.seed, args.limit_train)
     try:
@@ -144,7 +144,7 @@ def main(argv=None):
 
 
 def augmentation(train_set, config, recipe):
-    """timm's default; where objects keep their size, crops about as large as validation's, flipped.
+    """timm's default; for adaptive and Fashion-MNIST crops about as large as validation's, flipped.
 
     Zoomed images merge more easily. So the adaptive recipe sees images as landing does. The objects
     of Fashion-MNIST fill the image.
