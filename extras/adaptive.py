@@ -2,8 +2,7 @@
 
 What is learned is each threshold's rank: the share that it removes of the scores met at the start.
 The loss is the root of the KL from the dense predictions, so labels are not used. A step has two
-parts: one goes where the loss falls and r stays, the other leads r back to the target. Before
-landing, learning is undone where the start is better.
+parts: one goes where the loss falls and r stays, the other leads r back to the target.
 """
 
 import math
@@ -79,8 +78,6 @@ def learn(model, train_set, clean, args, device):
             kl = run.mean(kl).item()
             top1 = 100 * run.mean((logits.argmax(1) == labels).float()).item()
             run.end_step((kl, r, top1), f"KL {kl:.2g}, r {r:.3f} (target {args.target:g})")
-    if args.landing and not run.landed:
-        keep_better(model, teacher, clean[-256:], args.target, shares)
     return run
 
 
@@ -128,18 +125,6 @@ def at_target(model, images, wanted, target, shares):
         return math.inf, shares
     kl = measuring.kl_divergence(measuring.predict(model, images), wanted)  # (n,)
     return measuring.root(kl).mean().item(), shares
-
-
-def keep_better(model, teacher, images, target, start):
-    """Bring what was learned, and the start, to the target; leave the better one's thresholds."""
-    wanted = measuring.predict(teacher, images)
-    # What was not learned keeps its share: it may stand for far more than all.
-    fixed = {key: share for key, share in start.items() if not 0 < share < 1}
-    learned = landing.shares_of(model, images)[0] | fixed
-    found = at_target(model, images, wanted, target, learned)
-    first = at_target(model, images, wanted, target, start)
-    runtime.say(f"root of the KL: {found[0]:.3g} learned, {first[0]:.3g} at the start")
-    landing.place(model, images, min(found, first, key=lambda pair: pair[0])[1])
 
 
 def start_scores(model, images, shares):

@@ -236,29 +236,6 @@ def test_merging_alone_starts_at_the_target_with_or_without_the_first_block(
     assert shares[0, "merge"] > 0 or depth > 1
 
 
-@pytest.mark.parametrize("learned", [0, 1])
-def test_learning_is_kept_only_where_it_betters_the_start(spread_model, capsys, learned):
-    model = spread_model(0, "ltmp", image_size=10, depth=4)
-    images = torch.randn(64, 3, 10, 10, generator=torch.Generator().manual_seed(0))
-    teacher = models.with_method(model, "dense").eval()
-    maskers = landing.maskers(model)
-    both = [{key: 0.5 if key == (0, "merge") else 0.01 for key in maskers}]
-    both.append(dict.fromkeys(maskers, 0.1))
-    roots, thresholds = [], []
-    for i, shares in enumerate(both):
-        both[i] = landing.scale(model, images, 0.9, shares)[1]
-        thresholds.append([masker.threshold.item() for masker in maskers.values()])
-        logits, wanted = (measuring.predict(each, images) for each in (model, teacher))
-        kl = measuring.kl_divergence(logits, wanted)
-        roots.append(kl.sqrt().mean().item())
-    landing.place(model, images, both[learned])
-    adaptive.keep_better(model, teacher, images, 0.9, both[1 - learned])
-    better = roots.index(min(roots))
-    assert [masker.threshold.item() for masker in maskers.values()] == thresholds[better]
-    told = [float(value) for value in re.findall(r"[ ](0\.\d+)", capsys.readouterr().err)]
-    assert told == pytest.approx([roots[learned], roots[1 - learned]], rel=0.01)
-
-
 def learned(out, *flags):
     """train.py on the demo; returns the contents of thresholds.json and metrics.json."""
     train.main([*flags, "--out", str(out)])
