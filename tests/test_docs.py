@@ -85,17 +85,17 @@ def test_the_walk_through_prints_its_numbers(monkeypatch):
     assert shown.startswith(f"```\n\n```\n{printed.getvalue()}```\n")
     # The explanation below counts with the same numbers.
     lines = [line.split() for line in printed.getvalue().splitlines()]
-    (merge_scores, _, _, _, _, merged, *_), (prune_scores, _, _, _, _, stay, *_) = lines[:2]
-    before, after = lines[2][0], lines[2][5]
-    left = int(before) - int(merged)
+    (scores, *_, merged, _, _), (patches, *_, stay, _, _), fourth, last = lines
+    before, after, entering = fourth[0], fourth[5], last[0]
+    assert int(before) - int(merged) == int(after)
+    assert int(patches) == int(entering) - 1 and int(last[5]) == int(stay) + 1
     said = " ".join(shown.split())
-    assert int(prune_scores) == left - 1 and int(after) == int(stay) + 1
     for words in (
-        f"{before} tokens come in",
-        f"there are {merge_scores} similarities. {merged} tokens merge",
-        f"{before} - {merged} = {left} stay",
-        f"there are {prune_scores} importances. {stay} of these tokens stay",
-        f"{after} tokens go on to the MLP",
+        f"{before} tokens come into block 4: the class token, {scores} in set A",
+        f"there are {scores} similarities. {merged} tokens merge",
+        f"{before} - {merged} = {after} go on to the MLP",
+        f"{entering} tokens come into block 6",
+        f"there are {patches} importances. {stay} of these tokens stay",
     ):
         assert words in said, words
 
