@@ -144,8 +144,8 @@ def set_ranks(maskers, scores, ranks):
     slopes = []
     for (key, masker), rank in zip(maskers.items(), ranks.tolist(), strict=True):
         half = max(0.5 * min(rank, 1 - rank), 0.01)
-        # At ranks 0 and 1 a threshold is far from all scores.
-        low, high = max(rank - half, 0.005), min(rank + half, 0.995)
+        # At rank 0 a threshold is far from all scores: from there it sees the first hundredth.
+        low, high = max(rank - half, 0.0), min(rank + half, 1.0)
         at = partial(landing.threshold_at, key[1], scores[key])
         rise = at(high) - at(low)
         masker.threshold.data.copy_(at(rank))

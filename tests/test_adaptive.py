@@ -124,19 +124,27 @@ def test_ranks_are_shares_of_the_scores_met(spread_model):
     assert (slopes[::2] < 0).all() and (slopes[1::2] > 0).all()
 
 
-@pytest.mark.parametrize(
-    "rank, low, high",
-    [(0.0, 0.005, 0.01), (0.1, 0.05, 0.15), (0.5, 0.25, 0.75), (0.9, 0.85, 0.95), (1, 0.99, 0.995)],
-)
-def test_a_gradient_sees_as_many_scores_below_its_threshold_as_above(spread_model, rank, low, high):
+@pytest.mark.parametrize("rank, half", [(0.01, 0.01), (0.1, 0.05), (0.5, 0.25), (0.9, 0.05)])
+def test_a_gradient_sees_as_many_scores_below_its_threshold_as_above(spread_model, rank, half):
     maskers = landing.maskers(spread_model(0, "ltmp", depth=1))
-    scores = {key: 0.2 + 0.6 * torch.linspace(0, 1, 100_000) ** 2 for key in maskers}
+    scores = {key: torch.linspace(0, 1, 100_000) ** 2 for key in maskers}
     slopes = adaptive.set_ranks(maskers, scores, torch.full((2,), rank))
+    low, high = rank - half, rank + half
     rises = {"merge": (1 - high) ** 2 - (1 - low) ** 2, "prune": high**2 - low**2}
     for (_, step), slope in zip(maskers, slopes, strict=True):
-        rise = 0.6 * rises[step]
-        assert slope == pytest.approx(rise / (high - low), rel=0.02)
-        assert maskers[0, step].tau == pytest.approx(0.5 * abs(rise), rel=0.02)
+        assert slope == pytest.approx(rises[step] / (high - low), rel=0.02)
+        assert maskers[0, step].tau == pytest.approx(0.5 * abs(rises[step]), rel=0.02)
+
+
+def test_a_threshold_that_removes_nothing_sees_the_first_scores(spread_model):
+    maskers = landing.maskers(spread_model(0, "ltmp", depth=1))
+    scores = {key: torch.linspace(0.2, 0.8, 100_000) for key in maskers}
+    adaptive.set_ranks(maskers, scores, torch.zeros(2))
+    merge, prune = maskers.values()
+    assert (merge.threshold, prune.threshold) == (1, 0)
+    # The hundredth that would go first ends at 0.794 and at 0.206.
+    assert merge.tau == pytest.approx(0.5 * (1 - 0.794), rel=0.01)
+    assert prune.tau == pytest.approx(0.5 * 0.206, rel=0.01)
 
 
 def test_what_a_little_pruning_costs_is_near_its_differences():
