@@ -138,8 +138,8 @@ def set_ranks(maskers, scores, ranks):
     """Put each threshold where it removes its rank (n,), a share of its scores, and set its tau.
 
     Its gradient sees scores around it, as many below as above: half of those between it and the
-    nearer end. Where few tokens go, more of those that stay would hide what they cost. Returns
-    d threshold / d rank there (n,).
+    nearer end, a hundredth at least. Where few tokens go, more of those that stay would hide what
+    they cost. Returns d threshold / d rank there (n,).
     """
     slopes = []
     for (key, masker), rank in zip(maskers.items(), ranks.tolist(), strict=True):
