@@ -1,8 +1,12 @@
 """The recipe for short runs: thresholds start where r is the target, and are led back to it.
 
 What is learned is each threshold's rank: the share that it removes of the scores met at the start.
-The loss is the root of the KL from the dense predictions, so labels are not used. A step has two
-parts: one goes where the loss falls and r stays, the other leads r back to the target.
+The loss is the root of the KL from the dense predictions, so labels are not used. Each step moves
+one rank after another and measures what that does to the loss, tokens really dropped. Then it goes
+where the loss falls and r stays, and a little to where r is the target.
+
+Why no gradient? That of the mask takes a token that is gone for one that no later block would
+remove. In truth, what one block leaves the next ones often merge.
 """
 
 import math
@@ -11,7 +15,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from flops import flops_ratio, model_flops
+from flops import model_flops
 from ltmp import METHODS
 
 from . import landing, measuring, models, runtime
@@ -31,14 +35,12 @@ def learn(model, train_set, clean, args, device):
     maskers = landing.maskers(model)
     shares = runtime.agreed(choose(model, teacher, clean[:128], args.target))
     scores = runtime.agreed(start_scores(model, clean[:128], shares))
-    ranks = torch.tensor([shares[key] for key in maskers], device=device).clamp(max=1)  # (n,)
+    ranks = torch.tensor([shares[key] for key in maskers]).clamp(max=1)  # (n,)
     learned = (ranks > 0) & (ranks < 1)
-    model.requires_grad_(False)
-    slopes = set_ranks(maskers, scores, ranks)  # (n,)
-    thresholds = [masker.threshold.requires_grad_() for masker in maskers.values()]
+    wanted = measuring.predict(teacher, clean[:64])
+    *_, saved = differences(model, clean[:64], wanted, scores, ranks, learned, up=True)
     # What each rank saves, at the start: agreed by way of the CPU, as GPUs differ.
-    saved = (-r_gradient(model, clean[:64], thresholds) * slopes).clamp(min=1e-4)  # (n,)
-    saved = runtime.agreed(saved.cpu()).to(device)
+    saved = runtime.agreed(-saved.mean(0).cpu()).clamp(min=1e-4)  # (n,)
 
     state = nn.Module()
     state.register_buffer("ranks", ranks)
@@ -46,25 +48,16 @@ def learn(model, train_set, clean, args, device):
         state.register_buffer(name, torch.zeros_like(ranks))
     steps = args.epochs * math.ceil(len(train_set) / (args.batch_size * runtime.processes()[1]))
     with Run(args, {"model": model, "ranks": state}, steps, ("kl", "r", "top1")) as run:
-        if not run.landed:
-            slopes = set_ranks(maskers, scores, state.ranks)
-        model.train()
         for images, labels in run.batches(train_set, model.config.image_size, device):
-            logits, kept = model(images)  # (B, classes), (depth, B)
             with torch.no_grad():
                 wanted = teacher(images)[0]  # (B, classes)
-            kl = measuring.kl_divergence(logits.float(), wanted.float())  # (B,)
-            loss = run.mean(measuring.root(kl))
-            r = run.mean(model_flops(model.config, kept) / model_flops(model.config)).item()
-            for threshold in thresholds:
-                # The last block's may have no part in the logits.
-                threshold.grad = torch.zeros_like(threshold)
-            # Only ratios of gradients count. In float16 small ones would be 0 without the factor.
-            (1024 * loss).backward()
-            runtime.sum_gradients(thresholds)
-            run.check_finite(loss, thresholds)
+            # Up in one step, down in the next: their mean is what a rank costs at its place.
+            up = run.step % 2 == 0
+            found = differences(model, images, wanted, scores, state.ranks, learned, up)
+            logits, kl, r, cost, _ = found
+            run.check_finite(run.mean(kl), [])
+            r, cost = run.mean(r).item(), run.mean(cost).cpu()  # cost (n,)
 
-            cost = torch.cat([threshold.grad for threshold in thresholds]) * slopes  # (n,)
             price = neutral(cost / saved, saved * learned)
             state.average.lerp_(price, MEMORY)
             state.square.lerp_(price**2, MEMORY)
@@ -73,7 +66,7 @@ def learn(model, train_set, clean, args, device):
             longest = STEP * min(1 - args.target, 0.5) / math.sqrt(steps)
             length = longest * math.sin(math.pi * (run.step + 0.5) / steps)
             state.ranks.sub_(length * direction).clamp_(0, 1)
-            slopes = set_ranks(maskers, scores, state.ranks)
+            set_ranks(maskers, scores, state.ranks)
 
             kl = run.mean(kl).item()
             top1 = 100 * run.mean((logits.argmax(1) == labels).float()).item()
@@ -84,12 +77,12 @@ def learn(model, train_set, clean, args, device):
 def choose(model, teacher, images, target):
     """The shares to start from. Shares of 0 and 1 are not learned.
 
-    Nothing reads what the last block could remove, so tokens go there first. A gradient tells what
-    the next token costs, not what all up to a rank cost. So starts at the same r are compared by
-    the root of their KL. First: merging in the other blocks, equal shares. Second: none in the
-    first; kept if a tenth better, since what is off is not learned. Third: a little pruning in the
-    second half; kept if at most a tenth worse. Without merging, or where merging alone misses the
-    target, all steps start in all blocks.
+    Nothing reads what the last block could remove, so tokens go there first. A small move of a rank
+    tells what the next tokens cost, not what all up to a rank cost. So starts at the same r are
+    compared by the root of their KL. First: merging in the other blocks, equal shares. Second: none
+    in the first; kept if a tenth better, since what is off is not learned. Third: half as much in
+    the first half. Fourth: a little pruning in the second half. Both are kept if better. Without
+    merging, or where merging alone misses the target, all steps start in all blocks.
     """
     wanted = measuring.predict(teacher, images)
     reach = partial(at_target, model, images, wanted, target)
@@ -104,10 +97,12 @@ def choose(model, teacher, images, target):
     if kl == math.inf:
         return landing.scale(model, images, target, both)[1]
     runtime.say(f"start: merging, root of the KL {kl:.3g}")
+    early = [(i, "merge") for i in range(last) if i < last / 2]
     late = [key for key in prunes if key[0] > last / 2]
-    # What to try; its share, of the share that merges; where; how much worse it may be.
+    # What to try; its share, of the share that merges; where; how large the loss may be.
     trials = [("none in the first", 0.0, [(0, "merge")], 0.9)]
-    trials += [("a little pruning", LITTLE, late, 1.1)] if late else []
+    trials += [("half in the first half", 0.5, early, 1.0)] if early else []
+    trials += [("a little pruning", LITTLE, late, 1.0)] if late else []
     for name, part, keys, most in trials:
         trial_kl, trial = reach(shares | {key: part * shares[key[0], "merge"] for key in keys})
         pays = trial_kl < most * kl
@@ -135,34 +130,54 @@ def start_scores(model, images, shares):
 
 
 def set_ranks(maskers, scores, ranks):
-    """Put each threshold where it removes its rank (n,), a share of its scores, and set its tau.
-
-    Its gradient sees scores around it, as many below as above: half of those between it and the
-    nearer end, a hundredth at least. Where few tokens go, more of those that stay would hide what
-    they cost. Returns d threshold / d rank there (n,).
-    """
-    slopes = []
+    """Put each threshold where it removes its rank (n,), a share of its scores."""
     for (key, masker), rank in zip(maskers.items(), ranks.tolist(), strict=True):
-        half = max(0.5 * min(rank, 1 - rank), 0.01)
-        # At rank 0 a threshold is far from all scores: from there it sees the first hundredth.
-        low, high = max(rank - half, 0.0), min(rank + half, 1.0)
-        at = partial(landing.threshold_at, key[1], scores[key])
-        rise = at(high) - at(low)
-        masker.threshold.data.copy_(at(rank))
-        masker.tau = max(0.5 * abs(rise).item(), 1e-6)
-        slopes.append(rise / (high - low))
-    return torch.stack(slopes).to(ranks.device)
+        masker.threshold.data.copy_(landing.threshold_at(key[1], scores[key], rank))
 
 
-def r_gradient(model, images, thresholds):
-    """d r / d threshold of all (n,), by the gradient that learning goes by."""
-    model.train()
-    found = torch.zeros(len(thresholds), device=images.device)
-    for batch in images.split(8):
-        r = flops_ratio(model(batch)[1], model.config)
-        grads = torch.autograd.grad(r, thresholds, materialize_grads=True)
-        found += torch.cat(grads) * len(batch) / len(images)
-    return found
+@torch.no_grad()
+def differences(model, images, wanted, scores, ranks, learned, up):
+    """Move each rank (n,) that is learned (n,), alone, and see what becomes of the images.
+
+    A rank moves by half of what is between it and the nearer end; close to an end, away from it.
+    images (B, 3, S, S); wanted (B, classes): dense logits. Returns logits (B, classes), KL (B,) and
+    r (B,) at ranks; by how much the root of the KL and r rise for a unit of each rank, (B, n) each.
+    """
+    full = model_flops(model.config)
+    before, kept = run_from(model.eval(), 0, model.embed(images, drop=True), [])
+
+    def outcome(tokens, kept):
+        logits = model.classify(tokens)  # (B, classes)
+        kl = measuring.kl_divergence(logits.float(), wanted.float())  # (B,)
+        return logits, kl, model_flops(model.config, torch.stack(kept)) / full
+
+    logits, kl, r = outcome(before[-1], kept)
+    rises = kl.new_zeros(2, len(images), len(ranks))
+    for i, ((block, step), masker) in enumerate(landing.maskers(model).items()):
+        if not learned[i]:
+            continue
+        rank, threshold = ranks[i].item(), masker.threshold.data.clone()
+        move = max(0.5 * min(rank, 1 - rank), 0.02)
+        if rank + move > 1 or (rank >= move and not up):
+            move = -move
+        there = landing.threshold_at(step, scores[block, step], rank + move)
+        masker.threshold.data.copy_(there)
+        # Before this block nothing changes.
+        tokens, new_kept = run_from(model, block, before[block], kept[:block])
+        masker.threshold.data.copy_(threshold)
+        _, new_kl, new_r = outcome(tokens[-1], new_kept)
+        rises[0, :, i] = (measuring.root(new_kl) - measuring.root(kl)) / move
+        rises[1, :, i] = (new_r - r) / move
+    return logits, kl, r, *rises
+
+
+def run_from(model, first, tokens, kept):
+    """Run the blocks from `first` on. Returns the Tokens before each and at the end, and kept."""
+    before = [tokens]
+    for block in model.blocks[first:]:
+        before.append(block(before[-1], model.attention))
+        kept = [*kept, before[-1].kept()]
+    return before, kept
 
 
 def neutral(values, saved):

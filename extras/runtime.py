@@ -268,13 +268,13 @@ def total(tensor):
 
 
 def batch_mean(values):
-    """values (B,), those of this process's images -> the mean over the images of all processes.
+    """values (B, ...), of this process's images -> the mean over the images of all processes.
 
     Its gradient is that of this process's images alone: sum_gradients puts all together.
     """
-    own = values.sum()
-    sums = total(torch.stack([own.detach(), own.new_tensor(len(values))]))  # (2,)
-    return (own + (sums[0] - own).detach()) / sums[1]
+    own = values.sum(0)
+    sums = total(torch.cat([own.detach().flatten(), own.new_tensor([len(values)])]))
+    return (own + (sums[:-1].view_as(own) - own).detach()) / sums[-1]
 
 
 def sum_gradients(parameters):
