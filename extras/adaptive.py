@@ -54,11 +54,12 @@ def learn(model, train_set, clean, args, device):
             # Up in one step, down in the next: their mean is what a rank costs at its place.
             up = run.step % 2 == 0
             found = differences(model, images, wanted, scores, state.ranks, learned, up)
-            logits, kl, r, cost, _ = found
-            run.check_finite(run.mean(kl), [])
-            r, cost = run.mean(r).item(), run.mean(cost).cpu()  # cost (n,)
+            logits = found[0]
+            kl, r, cost = (run.mean(values) for values in found[1:4])  # (), (), (n,)
+            run.check_finite(kl, [])
+            kl, r = kl.item(), r.item()
 
-            price = neutral(cost / saved, saved * learned)
+            price = neutral(cost.cpu() / saved, saved * learned)
             state.average.lerp_(price, MEMORY)
             state.square.lerp_(price**2, MEMORY)
             direction = steer(state.average, state.square, saved * learned, r - args.target)
@@ -68,7 +69,6 @@ def learn(model, train_set, clean, args, device):
             state.ranks.sub_(length * direction).clamp_(0, 1)
             set_ranks(maskers, scores, state.ranks)
 
-            kl = run.mean(kl).item()
             top1 = 100 * run.mean((logits.argmax(1) == labels).float()).item()
             run.end_step((kl, r, top1), f"KL {kl:.2g}, r {r:.3f} (target {args.target:g})")
     return run

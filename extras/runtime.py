@@ -273,7 +273,7 @@ def batch_mean(values):
     Its gradient is that of this process's images alone: sum_gradients puts all together.
     """
     own = values.sum(0)
-    sums = total(torch.cat([own.detach().flatten(), own.new_tensor([len(values)])]))
+    sums = total(torch.cat([own.detach().flatten(), own.new_tensor([len(values)])]))  # (n + 1,)
     return (own + (sums[:-1].view_as(own) - own).detach()) / sums[-1]
 
 
