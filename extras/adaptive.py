@@ -21,9 +21,8 @@ from ltmp import METHODS
 from . import landing, measuring, models, runtime
 from .run import Run
 
-STEP = 0.16  # of a rank whose price is sure, times min(1 - target, 0.5) / sqrt(steps)
+STEP = 0.24  # of a rank whose price is sure, times min(1 - target, 0.5) / sqrt(steps)
 MEMORY = 0.03  # weight of the newest price in the averages: they reach back some thirty steps
-LITTLE = 0.3  # a start with pruning prunes this much of what it merges
 
 
 def learn(model, train_set, clean, args, device):
@@ -36,7 +35,7 @@ def learn(model, train_set, clean, args, device):
     shares = runtime.agreed(choose(model, teacher, clean[:128], args.target))
     scores = runtime.agreed(start_scores(model, clean[:128], shares))
     ranks = torch.tensor([shares[key] for key in maskers]).clamp(max=1)  # (n,)
-    learned = (ranks > 0) & (ranks < 1)
+    learned = (ranks < 1) & ((ranks > 0) | late_prunes(maskers))  # (n,)
     wanted = measuring.predict(teacher, clean[:64])
     *_, saved = differences(model, clean[:64], wanted, scores, ranks, learned, up=True)
     # What each rank saves, at the start: agreed by way of the CPU, as GPUs differ.
@@ -74,37 +73,38 @@ def learn(model, train_set, clean, args, device):
     return run
 
 
-def choose(model, teacher, images, target):
-    """The shares to start from. Shares of 0 and 1 are not learned.
+def late_prunes(maskers):
+    """Which thresholds (n,) prune in the second half, the last block apart: learned even from 0."""
+    last = max(block for block, _ in maskers)
+    return torch.tensor([step == "prune" and last / 2 < block < last for block, step in maskers])
 
-    Nothing reads what the last block could remove, so tokens go there first. A small move of a rank
-    tells what the next tokens cost, not what all up to a rank cost. So starts at the same r are
-    compared by the root of their KL. First: merging in the other blocks, equal shares. Second: none
-    in the first; kept if a tenth better, since what is off is not learned. Third: half as much in
-    the first half. Fourth: a little pruning in the second half. Both are kept if better. Without
-    merging, or where merging alone misses the target, all steps start in all blocks.
+
+def choose(model, teacher, images, target):
+    """The shares to start from. All but 0 and 1 are learned, and those of late_prunes.
+
+    Nothing reads what the last block could remove, so tokens go there first. A move of a rank tells
+    what the next tokens cost, not what all up to it cost. So starts at one r are compared by their
+    loss: equal shares that merge in the other blocks; none in the first, kept if a tenth better, as
+    it stays off; half as much in the first half, kept if better. Without merging, or where merging
+    alone misses the target, all steps start in all blocks.
     """
     wanted = measuring.predict(teacher, images)
     reach = partial(at_target, model, images, wanted, target)
     steps, last = METHODS[model.method], len(model.blocks) - 1
-    parts = {"merge": 1, "prune": LITTLE}
-    both = {key: landing.SHARE * parts[key[1]] for key in landing.maskers(model)}
-    both |= {(last, step): 0.0 for step in steps}
+    both = {key: landing.SHARE * (key[0] < last) for key in landing.maskers(model)}
     # All that can go, unless the others remove next to nothing.
     both[last, "prune" if "prune" in steps else "merge"] = 1000.0
-    prunes = [key for key in both if key[1] == "prune" and key[0] < last]
+    prunes = [(i, "prune") for i in range(last) if "prune" in steps]
     kl, shares = reach(both | dict.fromkeys(prunes, 0.0)) if "merge" in steps else (math.inf, both)
     if kl == math.inf:
         return landing.scale(model, images, target, both)[1]
     runtime.say(f"start: merging, root of the KL {kl:.3g}")
-    early = [(i, "merge") for i in range(last) if i < last / 2]
-    late = [key for key in prunes if key[0] > last / 2]
-    # What to try; its share, of the share that merges; where; how large the loss may be.
-    trials = [("none in the first", 0.0, [(0, "merge")], 0.9)]
-    trials += [("half in the first half", 0.5, early, 1.0)] if early else []
-    trials += [("a little pruning", LITTLE, late, 1.0)] if late else []
-    for name, part, keys, most in trials:
-        trial_kl, trial = reach(shares | {key: part * shares[key[0], "merge"] for key in keys})
+    # How much stays of the share that merges; in how many blocks; how large the loss may be.
+    half = math.ceil(last / 2)
+    trials = [("none in the first", 0.0, 1, 0.9), ("half in the first half", 0.5, half, 1.0)]
+    for name, part, blocks, most in trials:
+        early = {(i, "merge"): part * shares[i, "merge"] for i in range(blocks)}
+        trial_kl, trial = reach(shares | early)
         pays = trial_kl < most * kl
         runtime.say(f"start: {name}, {trial_kl:.3g}: {'kept' if pays else 'dropped'}")
         kl, shares = (trial_kl, trial) if pays else (kl, shares)
