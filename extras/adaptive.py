@@ -50,18 +50,19 @@ def learn(model, train_set, clean, args, device):
         for images, labels in run.batches(train_set, model.config.image_size, device):
             with torch.no_grad():
                 wanted = teacher(images)[0]  # (B, classes)
-            # Up in one step, down in the next: their mean is what a rank costs at its place.
+            # Up in one step, down in the next where it can: the mean is the cost at this place.
             up = run.step % 2 == 0
-            found = differences(model, images, wanted, scores, state.ranks, learned, up)
-            logits = found[0]
-            kl, r, cost = (run.mean(values) for values in found[1:4])  # (), (), (n,)
+            logits, *found = differences(model, images, wanted, scores, state.ranks, learned, up)
+            kl, r, cost = (run.mean(values) for values in found[:3])  # (), (), (n,)
             run.check_finite(kl, [])
             kl, r = kl.item(), r.item()
 
-            price = neutral(cost.cpu() / saved, saved * learned)
+            # What is at 0 can balance nothing: it cannot go down.
+            weights = saved * learned * (state.ranks > 0)
+            price = neutral(cost.cpu() / saved, weights, learned)
             state.average.lerp_(price, MEMORY)
             state.square.lerp_(price**2, MEMORY)
-            direction = steer(state.average, state.square, saved * learned, r - args.target)
+            direction = steer(state.average, state.square, weights, learned, r - args.target)
             # Short at first, and at the end.
             longest = STEP * min(1 - args.target, 0.5) / math.sqrt(steps)
             length = longest * math.sin(math.pi * (run.step + 0.5) / steps)
@@ -80,22 +81,22 @@ def late_prunes(maskers):
 
 
 def choose(model, teacher, images, target):
-    """The shares to start from. All but 0 and 1 are learned, and those of late_prunes.
+    """The shares to start from. Those between 0 and 1 are learned, and late_prunes even from 0.
 
-    Nothing reads what the last block could remove, so tokens go there first. A move of a rank tells
-    what the next tokens cost, not what all up to it cost. So starts at one r are compared by their
-    loss: equal shares that merge in the other blocks; none in the first, kept if a tenth better, as
-    it stays off; half as much in the first half, kept if better. Without merging, or where merging
-    alone misses the target, all steps start in all blocks.
+    Nothing reads what the last block could remove, so tokens go there first. Starts at the same r
+    are compared by the root of their KL. First: merging in the other blocks, equal shares. Second:
+    none in the first; kept if a tenth better, since that is not learned. Third: half as much in the
+    first half; kept if better. Where that cannot reach the target, all steps start in all blocks.
     """
     wanted = measuring.predict(teacher, images)
     reach = partial(at_target, model, images, wanted, target)
     steps, last = METHODS[model.method], len(model.blocks) - 1
-    both = {key: landing.SHARE * (key[0] < last) for key in landing.maskers(model)}
+    parts = {"merge": landing.SHARE, "prune": 0.3 * landing.SHARE}
+    both = {(i, step): parts[step] * (i < last) for i, step in landing.maskers(model)}
     # All that can go, unless the others remove next to nothing.
     both[last, "prune" if "prune" in steps else "merge"] = 1000.0
-    prunes = [(i, "prune") for i in range(last) if "prune" in steps]
-    kl, shares = reach(both | dict.fromkeys(prunes, 0.0)) if "merge" in steps else (math.inf, both)
+    start = both | {(i, "prune"): 0.0 for i in range(last) if "prune" in steps}
+    kl, shares = reach(start) if "merge" in steps else (math.inf, both)
     if kl == math.inf:
         return landing.scale(model, images, target, both)[1]
     runtime.say(f"start: merging, root of the KL {kl:.3g}")
@@ -113,9 +114,8 @@ def choose(model, teacher, images, target):
 
 def at_target(model, images, wanted, target, shares):
     """Scale shares until r is the target. Returns the root of the KL from wanted, and them."""
-    near = min(0.002, 0.02 * (1 - target))
     try:
-        shares = landing.scale(model, images, target, shares, near)[1]
+        shares = landing.scale(model, images, target, shares, min(0.002, 0.02 * (1 - target)))[1]
     except landing.OutOfReach:
         return math.inf, shares
     kl = measuring.kl_divergence(measuring.predict(model, images), wanted)  # (n,)
@@ -139,7 +139,7 @@ def set_ranks(maskers, scores, ranks):
 def differences(model, images, wanted, scores, ranks, learned, up):
     """Move each rank (n,) that is learned (n,), alone, and see what becomes of the images.
 
-    A rank moves by half of what is between it and the nearer end; close to an end, away from it.
+    A rank moves by half of what is between it and the nearer end, at least 0.02; near 0 always up.
     images (B, 3, S, S); wanted (B, classes): dense logits. Returns logits (B, classes), KL (B,) and
     r (B,) at ranks; by how much the root of the KL and r rise for a unit of each rank, (B, n) each.
     """
@@ -180,21 +180,21 @@ def run_from(model, first, tokens, kept):
     return before, kept
 
 
-def neutral(values, saved):
+def neutral(values, weights, learned):
     """values (n,) less their mean, so that a step of the ranks along them leaves r as it is.
 
-    saved (n,): what each rank saves, by which the mean is weighted; 0 where it may not move.
+    weights (n,): what each rank saves, 0 where it cannot move. Returns 0 where not learned (n,).
     """
-    return (values - (values * saved).sum() / saved.sum().clamp(min=1e-4)) * (saved > 0)
+    return (values - (values * weights).sum() / weights.sum().clamp(min=1e-4)) * learned
 
 
-def steer(average, square, saved, distance):
+def steer(average, square, weights, learned, distance):
     """What to subtract from the ranks (n,): dear ones go down, cheap ones up, and r to the target.
 
     The price of a rank is how much loss it adds for each FLOP that it saves. At the best ranks
-    between 0 and 1 all have one price. average, square (n,): averages of prices, less the mean of
-    all, and of their squares. Their ratio is small where a price changes its sign, as noise does.
-    distance: r - target. 0.01, by which batches differ by chance, counts half of a sure price.
+    between 0 and 1 all have one price. average, square (n,): of prices, less their mean. The ratio
+    is small where a price changes its sign, as noise does. distance: r - target. 0.01, by which
+    batches differ by chance, counts half of a sure price.
     """
-    dear = neutral(average / square.sqrt().clamp(min=1e-12), saved)
-    return dear - 0.5 * min(max(distance / 0.01, -3), 3) * (saved > 0)
+    dear = neutral(average / square.sqrt().clamp(min=1e-12), weights, learned)
+    return dear - 0.5 * min(max(distance / 0.01, -3), 3) * learned

@@ -15,6 +15,8 @@ import train
 from extras import adaptive, batching, landing, measuring, models, splits
 from flops import flops_ratio, model_flops
 
+ALL = torch.ones(6, dtype=torch.bool)
+
 
 def demo(method):
     """The demo model with random thresholds."""
@@ -31,24 +33,24 @@ def random_prices():
     """Of six ranks: what each costs, less the mean, for the FLOPs that it saves; what it saves."""
     generator = torch.Generator().manual_seed(0)
     cost, saved = torch.randn(6, generator=generator), 0.1 + torch.rand(6, generator=generator)
-    return adaptive.neutral(cost / saved, saved), saved
+    return adaptive.neutral(cost / saved, saved, ALL), saved
 
 
 def test_steer_goes_where_the_kl_falls_and_r_stays():
     price, saved = random_prices()
-    along = adaptive.steer(price, torch.ones(6), saved, 0.0)
+    along = adaptive.steer(price, torch.ones(6), saved, ALL, 0.0)
     assert along @ saved == pytest.approx(0, abs=1e-6)
     # steer's result is subtracted. What a rank costs is its price times what it saves.
     assert along @ (price * saved) > 0
     # The loss may have any factor, and r as well.
-    found = adaptive.steer(1e-4 * price, torch.full((6,), 1e-8), 7 * saved, 0.0)
+    found = adaptive.steer(1e-4 * price, torch.full((6,), 1e-8), 7 * saved, ALL, 0.0)
     torch.testing.assert_close(found, along)
 
 
 def test_prices_compare_what_the_same_flops_cost():
     # The last rank saves little and costs little, but more than the others for each FLOP.
     cost, saved = torch.tensor([1.0, 1.0, 0.02]), torch.tensor([1.0, 1.0, 0.01])
-    price = adaptive.neutral(cost / saved, saved)
+    price = adaptive.neutral(cost / saved, saved, ALL[:3])
     assert price[2] > 0 and (price[:2] < 0).all() and price.abs().argmax() == 2
     assert price @ saved == pytest.approx(0, abs=1e-6)
 
@@ -62,29 +64,41 @@ def test_a_price_that_is_noise_moves_its_rank_little():
         price = sure + noise * torch.randn(4, generator=generator)
         average.lerp_(price, adaptive.MEMORY)
         square.lerp_(price**2, adaptive.MEMORY)
-    moved = adaptive.steer(average, square, saved, 0.0).abs()
+    moved = adaptive.steer(average, square, saved, ALL[:4], 0.0).abs()
     assert (moved[:2] > 0.8).all() and (moved[2:] < 0.4).all()
 
 
 @pytest.mark.parametrize("distance, back", [(0.005, 0.25), (-0.01, -0.5), (0.7, 1.5), (-0.7, -1.5)])
 def test_steer_leads_back_to_the_target(distance, back):
     price, saved = random_prices()
-    there, here = (adaptive.steer(price, price**2, saved, far) for far in (distance, 0.0))
+    there, here = (adaptive.steer(price, price**2, saved, ALL, far) for far in (distance, 0.0))
     torch.testing.assert_close(there - here, torch.full((6,), -back))
 
 
 def test_steer_moves_only_what_is_learned():
     learned = torch.tensor([True, False, True, True, False, True])
     price, saved = random_prices()
-    moved = adaptive.steer(price, torch.ones(6), saved * learned, 0.01)
+    moved = adaptive.steer(price, torch.ones(6), saved * learned, learned, 0.01)
     assert torch.equal(moved != 0, learned)
     # Without a part that leads back, what is learned leaves r.
-    moved = adaptive.steer(price, torch.ones(6), saved * learned, 0.0)
+    moved = adaptive.steer(price, torch.ones(6), saved * learned, learned, 0.0)
     assert moved @ (saved * learned) == pytest.approx(0, abs=1e-6)
 
 
+def test_a_dear_rank_at_0_moves_no_other():
+    # The last two are at 0, and dear: what they can give is nothing.
+    price, saved, above = torch.tensor([1.0, 0, 2, 3, 60, 90]), torch.ones(6), torch.arange(6) < 4
+    price = adaptive.neutral(price, saved * above, ALL)
+    moved = adaptive.steer(price, price**2, saved * above, ALL, 0.0)
+    assert moved[:4].sum() == pytest.approx(0, abs=1e-6) and (moved[4:] > 0).all()
+    assert (moved[:2] < 0).all() and (moved[2:4] > 0).all()
+    # A cheap one leaves 0.
+    price = adaptive.neutral(price - 100 * (torch.arange(6) == 5), saved * above, ALL)
+    assert adaptive.steer(price, price**2, saved * above, ALL, 0.0)[5] < 0
+
+
 def test_steer_moves_nothing_where_nothing_is_learned():
-    assert not adaptive.steer(*(torch.zeros(6),) * 3, 0.01).any()
+    assert not adaptive.steer(*(torch.zeros(6),) * 3, ~ALL, 0.01).any()
 
 
 @pytest.mark.parametrize("method", ["ltmp", "ltm", "ltp", "ltpm"])

@@ -85,17 +85,16 @@ def test_the_walk_through_prints_its_numbers(monkeypatch):
     assert shown.startswith(f"```\n\n```\n{printed.getvalue()}```\n")
     # The explanation below counts with the same numbers.
     lines = [line.split() for line in printed.getvalue().splitlines()]
-    (scores, *_, merged, _, _), (patches, *_, stay, _, _), fourth, last = lines
-    before, after, entering = fourth[0], fourth[5], last[0]
-    assert int(before) - int(merged) == int(after)
-    assert int(patches) == int(entering) - 1 and int(last[5]) == int(stay) + 1
+    (scores, *_, merged, _, _), (patches, *_, stay, _, _), (before, *_, after, _, _) = lines
+    left = int(before) - int(merged)
+    assert left == int(patches) + 1 and int(stay) + 1 == int(after)
+    assert 0 < int(merged) < int(scores) and 0 < int(stay) < int(patches)
     said = " ".join(shown.split())
     for words in (
-        f"{before} tokens come into block 4: the class token, {scores} in set A",
-        f"there are {scores} similarities. {merged} tokens merge",
-        f"{before} - {merged} = {after} go on to the MLP",
-        f"{entering} tokens come into block 6",
+        f"{before} tokens come into the block: the class token, {scores} in set A",
+        f"there are {scores} similarities. {merged} tokens merge, and {before} - {merged} = {left}",
         f"there are {patches} importances. {stay} of these tokens stay",
+        f"{int(patches) - int(stay)} are pruned. With the class token {after} go on to the MLP",
     ):
         assert words in said, words
 
