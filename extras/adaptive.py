@@ -183,7 +183,7 @@ def run_from(model, first, tokens, kept):
 def neutral(values, weights, learned):
     """values (n,) less their mean, so that a step of the ranks along them leaves r as it is.
 
-    weights (n,): what each rank saves, 0 where it cannot move. Returns 0 where not learned (n,).
+    weights (n,): what each rank saves, 0 where it cannot go down. Gives 0 where not learned (n,).
     """
     return (values - (values * weights).sum() / weights.sum().clamp(min=1e-4)) * learned
 
