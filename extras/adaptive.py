@@ -46,6 +46,8 @@ def learn(model, train_set, clean, args, device):
     for name in ("average", "square"):
         state.register_buffer(name, torch.zeros_like(ranks))
     steps = args.epochs * math.ceil(len(train_set) / (args.batch_size * runtime.processes()[1]))
+    # Noise lifts what starts at 0, and cannot lower it: such steps are shorter.
+    longest = STEP * min(1 - args.target, 0.5) / math.sqrt(steps) * torch.where(ranks > 0, 1.0, 0.3)
     with Run(args, {"model": model, "ranks": state}, steps, ("kl", "r", "top1")) as run:
         for images, labels in run.batches(train_set, model.config.image_size, device):
             with torch.no_grad():
@@ -57,15 +59,13 @@ def learn(model, train_set, clean, args, device):
             run.check_finite(kl, [])
             kl, r = kl.item(), r.item()
 
-            # What is at 0 can balance nothing: it cannot go down.
             weights = saved * learned * (state.ranks > 0)
             price = neutral(cost.cpu() / saved, weights, learned)
             state.average.lerp_(price, MEMORY)
             state.square.lerp_(price**2, MEMORY)
             direction = steer(state.average, state.square, weights, learned, r - args.target)
             # Short at first, and at the end.
-            longest = STEP * min(1 - args.target, 0.5) / math.sqrt(steps)
-            length = longest * math.sin(math.pi * (run.step + 0.5) / steps)
+            length = longest * math.sin(math.pi * (run.step + 0.5) / steps)  # (n,)
             state.ranks.sub_(length * direction).clamp_(0, 1)
             set_ranks(maskers, scores, state.ranks)
 

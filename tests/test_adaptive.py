@@ -265,23 +265,41 @@ def test_what_starts_with_a_share_of_0_stays_off(tiny, tmp_path, monkeypatch):
     assert metrics["flops_ratio"] == pytest.approx(0.95, abs=0.02)
 
 
-@pytest.mark.parametrize("pays", [True, False])
-def test_a_late_prune_threshold_leaves_0_where_pruning_pays(tiny, tmp_path, monkeypatch, pays):
+def learned_at(price, out, monkeypatch):
+    """Learn with given prices (8,). Returns thresholds.json, and the ranks after each step."""
     monkeypatch.setitem(ltmp.VARIANTS, "tiny", replace(ltmp.VARIANTS["tiny"], depth=4))
-    measured = adaptive.differences
+    measured, set_ranks, ranks = adaptive.differences, adaptive.set_ranks, []
 
     def priced(model, *args, **options):
-        """Merging costs 1 for all that it saves, pruning in block 3 nothing, or 3."""
-        *found, cost, saved = measured(model, *args, **options)
-        price = torch.ones(8)
-        price[5] = 0.0 if pays else 3.0
-        return *found, -saved * price, saved
+        *found, _, saved = measured(model, *args, **options)
+        return *found, -saved * torch.tensor(price), saved
+
+    def noted(maskers, scores, now):
+        ranks.append(now.clone())
+        set_ranks(maskers, scores, now)
 
     monkeypatch.setattr(adaptive, "differences", priced)
+    monkeypatch.setattr(adaptive, "set_ranks", noted)
     flags = ["--model", "tiny", "--weights", "none", "--limit-train", "256", "-b", "8"]
-    found, _ = learned(tmp_path, *flags, "--limit-val", "10", "--target", "0.6")
+    found, _ = learned(out, *flags, "--limit-val", "10", "--target", "0.6")
+    return found, ranks
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_a_late_prune_threshold_leaves_0_where_pruning_pays(tiny, tmp_path, monkeypatch, pays):
+    # Merging costs 1 for all that it saves, pruning in block 3 nothing, or 3.
+    price = [1.0] * 5 + [0.0 if pays else 3.0] + [1.0] * 2
+    found, _ = learned_at(price, tmp_path, monkeypatch)
     prune = found["prune_thresholds"]
     assert prune[:2] == [0, 0] and (prune[2] > 0) == pays and prune[3] > 0
+
+
+def test_what_starts_at_0_moves_slowly(tiny, tmp_path, monkeypatch):
+    # Merging in block 2 and pruning in block 3 have one price, so one direction.
+    price = [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
+    _, ranks = learned_at(price, tmp_path, monkeypatch)
+    moved = ranks[-1] - ranks[len(ranks) // 2]
+    assert moved[2] > 0 and moved[5] == pytest.approx(0.3 * moved[2].item(), rel=1e-3)
 
 
 @pytest.mark.slow
