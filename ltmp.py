@@ -136,7 +136,8 @@ class ThresholdMasker(nn.Module):
         d loss / d threshold = - sum over tokens of (d loss / d decision) * soft (1 - soft) / tau
 
     A decision reaches the loss through the mask, which later attention and `kept` see, and through
-    the mean and the size that merging makes. For merge 1 means: it merges; for prune: it stays.
+    the mean and the size that merging makes. These move later scores, too. For merge 1 means: it
+    merges; for prune: it stays.
     The threshold stays float32 whatever the model becomes: near 1 a bfloat16 has steps of 0.004.
     """
 
@@ -210,7 +211,7 @@ class Tokens:
     rows: torch.Tensor  # (B, N) which row of x holds each image's tokens, the class token first
     live: torch.Tensor  # (B, N) whether there is a live token at this place
     holes: bool = True  # whether a dead token may have a place before a live one
-    merges: tuple | None = None  # of the last merge: rows_a, partner, merged; for pictures
+    merges: tuple | None = None  # rows_a, partner, merged, as merge saw them; for pictures
     prefix_tokens: int = 1  # how many tokens of each image always stay: they come first
 
     def kept(self):
@@ -309,7 +310,7 @@ def merge(tokens, key, importance, masker):
     x = tokens.x * (tokens.size / size).to(tokens.x.dtype)[:, None]  # (T, C)
     others = tokens.x.index_select(0, a) * (added / size[b]).to(x.dtype)[:, None]  # (M, C)
     x = x.index_add_(0, b, others)
-    # Where nothing merges this is 0, and importance is not below 0.
+    # Where nothing merges the product is 0, which changes nothing: importance is at least 0.
     importance = importance.scatter_reduce(0, b, decided.detach() * importance[a], "amax")  # (T,)
 
     mask = tokens.mask
@@ -333,7 +334,7 @@ def prune(tokens, importance, masker):
     """
     P = tokens.prefix_tokens
     live = tokens.live[:, P:]  # (B, N - P)
-    # A dead token scores inf, a factor of 1: 0 would cut the gradient of the decision it died by.
+    # A dead token scores inf, so its factor is 1. 0 would cut the gradient of what killed it.
     scores = torch.where(live, take(importance, tokens.rows)[:, P:], math.inf)
     decision = masker(scores)  # (B, N - P) of 0 and 1
     mask = tokens.mask
@@ -410,7 +411,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, tokens, attention):
-        """x (T, C) normalized; attention: masked_attention and ragged_attention; None: dense.
+        """x (T, C) normalized; attention: what has masked_attention and ragged_attention, or None.
 
         -> out (T, C), key (T, D) float32 averaged over heads, importance (T,) float32. A dense
         block uses torch's fused attention and returns None for the last two.

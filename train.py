@@ -244,7 +244,7 @@ def parse_args(argv=None):
         metavar="LR",
         help="learning rate of all weights, for --method dense alone (default: %(default)s)",
     )
-    add("--limit-train", type=runtime.at_least(1), metavar="N", help="train on N images, evenly")
+    add("--limit-train", type=runtime.at_least(1), metavar="N", help="images to use (default: all)")
     add("--out", type=Path, default=Path("out"), metavar="DIR", help="(default: %(default)s)")
     add("--resume", action="store_true", help="go on from last.pt in --out")
     add("--overwrite", action="store_true", help="begin anew where --out holds a run already")

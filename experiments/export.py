@@ -164,7 +164,8 @@ def measure(what, runs, images, r):
 
 def main(argv=None):
     """The command line: trace, check, write, measure."""
-    parser = runtime.command_line("Write a reduced ViT to an ONNX file, for one image at a time.")
+    what = "Write a reduced ViT to an ONNX file, for one image at a time."
+    parser = runtime.command_line(what, batches=False)
     models.model_flags(parser)
     models.threshold_flags(parser)
     add, number = parser.add_argument, runtime.at_least(1)

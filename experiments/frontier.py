@@ -4,8 +4,8 @@
     python -m experiments.frontier --out out/deit --data /imagenet --targets 0.5 0.75 --seeds 1
 
 Thresholds for every method, target and seed are learned by train.py, then all are evaluated on the
-same images. The folder --out gets a folder for each run, frontier.csv and frontier.json with a row
-for each, and frontier.png. The same command goes on where it was stopped.
+same images. The folder --out gets a folder for each run, frontier.csv with a row for each, and
+frontier.png. The same command goes on where it was stopped.
 """
 
 import io
@@ -113,7 +113,6 @@ def frontier(dense, dataset, args, device):
         rows.append(row | {key: metrics[key] for key in ("top1", "top5", "kl", "images")})
         lines = [",".join(map(str, line)) for line in (rows[0], *map(dict.values, rows))]
         runtime.write_file(args.out / "frontier.csv", "\n".join(lines) + "\n")
-        runtime.write_file(args.out / "frontier.json", json.dumps(rows, indent=1))
     runtime.say_skipped(skipped)
     return rows
 

@@ -1,7 +1,7 @@
 """Make what is in demo/: the embedded part of Fashion-MNIST, and the demo's ViT.
 
     python -m experiments.make_demo data FOLDER          writes demo/fashion_mnist.npz
-    python -m experiments.make_demo vit --data FOLDER    trains the ViT; writes --out/vit_demo.pth
+    python -m experiments.make_demo vit --data FOLDER    trains such a ViT: OUT/vit_demo.pth
 
 FOLDER holds Fashion-MNIST's four original *-ubyte.gz files.
 """

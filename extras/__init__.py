@@ -1,1 +1,1 @@
-"""What makes the method practical; nothing here is needed to understand it."""
+"""Loading, running, faster attention, and the demo's recipe; the paper's method is in ltmp.py."""

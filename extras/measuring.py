@@ -15,10 +15,10 @@ def measure(model, dataset, args, device, dense=None):
     """Run inference, tokens really dropped, over (image, label) items, beside the dense twin.
 
     dense: gives the twin's logits for (batch number, images); by default the twin is run. Under
-    torchrun each process takes its share. Returns a dict: top1, top5, dense_top1, dense_top5 in
-    percent; flops_ratio, r per image, averaged; gflops and dense_gflops, multiply-adds per image /
-    1e9; kl, how far predictions are from the dense ones, in nats; kept, mean tokens after each
-    block; images; bad, what is wrong with images left out. Says how fast both are.
+    torchrun each process takes its share. Says how fast both are. Returns a dict, and what is wrong
+    with images left out. In the dict: top1, top5, dense_top1, dense_top5 in percent; flops_ratio, r
+    per image, averaged; gflops and dense_gflops, multiply-adds per image / 1e9; kl, how far
+    predictions are from the dense ones, in nats; kept, mean tokens after each block; images.
     """
     model.eval()
     both = dense is None and model.method != "dense"

@@ -17,8 +17,11 @@ import torch.distributed as dist
 # Flags
 
 
-def command_line(description):
-    """An ArgumentParser with the flags of every program; it refuses wrong ones in one line."""
+def command_line(description, batches=True):
+    """An ArgumentParser with the flags of every program; it refuses wrong ones in one line.
+
+    batches=False leaves out the flags for batches on a device.
+    """
     for stream in (sys.stdout, sys.stderr):
         # A file name that the terminal's encoding lacks must not end a run.
         if hasattr(stream, "reconfigure"):
@@ -41,14 +44,6 @@ def command_line(description):
     add("--limit-val", type=at_least(1), metavar="N", help="use N validation images (default: all)")
     add("--seed", type=int, default=0, help="order, augmentation and split (default: %(default)s)")
     add(
-        "-b",
-        "--batch-size",
-        type=at_least(1),
-        default=128,
-        metavar="N",
-        help="images per step (default: 128; 32 to train by the adaptive recipe)",
-    )
-    add(
         "--workers",
         type=at_least(0),
         metavar="N",
@@ -58,6 +53,16 @@ def command_line(description):
         "--skip-bad-images",
         action="store_true",
         help="leave out images that cannot be read and list them (default: stop at the first)",
+    )
+    if not batches:
+        return parser
+    add(
+        "-b",
+        "--batch-size",
+        type=at_least(1),
+        default=128,
+        metavar="N",
+        help="images per step and process (default: 128; 32 to train by the adaptive recipe)",
     )
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
     add(

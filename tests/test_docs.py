@@ -64,9 +64,9 @@ def test_the_example_of_another_vit():
 def test_the_example_of_a_product(tmp_path, monkeypatch):
     model = ltmp.create_model("deit_small_patch16_224", depth=12)
     torch.save({"model": model.state_dict()}, tmp_path / "deit_small_patch16_224-cd65a155.pth")
-    (tmp_path / "out").mkdir()
+    (tmp_path / "deit").mkdir()
     numbers = ", ".join(["0.9"] * 12)
-    (tmp_path / "out" / "thresholds.json").write_text(
+    (tmp_path / "deit" / "thresholds.json").write_text(
         f'{{"method": "ltmp", "merge_thresholds": [{numbers}], "prune_thresholds": [{numbers}]}}'
     )
     monkeypatch.chdir(tmp_path)
