@@ -125,20 +125,20 @@ def resize_and_crop(size, short, mean, std, image):
     return to_tensor(image.crop((left, top, left + size, top + size))).sub_(mean).div_(std)
 
 
-def train_transform(size=224, mean=MEAN, std=STD, scale=(0.08, 1.0), jitter=0.4):
+def train_transform(size=224, mean=MEAN, std=STD, scale=(0.08, 1.0), jitter=0.4, of_square=False):
     """Random resized crop, horizontal flip, colour jitter, normalize: timm's defaults.
 
-    scale: area of the crop as a share of the image. jitter: brightness, contrast and saturation are
-    multiplied by factors from 1 - jitter to 1 + jitter. Returns a function of the image and of the
-    random.Random to draw from.
+    scale: area of the crop as a share of the image, or with of_square of the largest square in it.
+    jitter: brightness, contrast and saturation are multiplied by factors from 1 - jitter to
+    1 + jitter. Returns a function of the image and of the random.Random to draw from.
     """
-    return partial(crop_flip_jitter, size, *per_channel(mean, std), scale, jitter)
+    return partial(crop_flip_jitter, size, *per_channel(mean, std), scale, jitter, of_square)
 
 
-def crop_flip_jitter(size, mean, std, scale, jitter, image, rng=random):
+def crop_flip_jitter(size, mean, std, scale, jitter, of_square, image, rng=random):
     """A random view of the image; everything random is drawn from rng."""
     resample = rng.choice((Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
-    box = draft(image, random_crop(image.size, scale, rng), size)
+    box = draft(image, random_crop(image.size, scale, rng, of_square), size)
     image = to_rgb(image).resize((size, size), resample, box=box)
     if rng.random() < 0.5:
         image = ImageOps.mirror(image)
@@ -148,14 +148,15 @@ def crop_flip_jitter(size, mean, std, scale, jitter, image, rng=random):
     return pixels.sub_(mean).div_(std)
 
 
-def random_crop(image_size, scale, rng, ratio=(3 / 4, 4 / 3)):
-    """A box (left, top, right, bottom) of random area (share of the image) and aspect ratio.
+def random_crop(image_size, scale, rng, of_square=False, ratio=(3 / 4, 4 / 3)):
+    """A box (left, top, right, bottom) of random area and aspect ratio, as train_transform says.
 
     After ten boxes that do not fit, the largest central one with an allowed aspect ratio.
     """
     width, height = image_size
+    whole = min(width, height) ** 2 if of_square else width * height
     for _ in range(10):
-        area = width * height * rng.uniform(*scale)
+        area = whole * rng.uniform(*scale)
         aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
         w = round(math.sqrt(area * aspect))
         h = round(math.sqrt(area / aspect))

@@ -151,7 +151,7 @@ def augmentation(train_set, config, recipe):
     """
     options = {}
     if recipe == "adaptive" or isinstance(train_set, data.FashionMNIST):
-        options = {"scale": (config.crop_pct**2,) * 2, "jitter": 0}
+        options = {"scale": (config.crop_pct**2,) * 2, "of_square": True, "jitter": 0}
     return data.train_transform(config.image_size, config.mean, config.std, **options)
 
 
