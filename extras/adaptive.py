@@ -3,7 +3,7 @@
 What is learned is each threshold's rank: the share that it removes of the scores met at the start.
 The loss is the root of the KL from the dense predictions, so labels are not used. Each step moves
 one rank after another and measures what that does to the loss, tokens really dropped. Then it goes
-where the loss falls and r stays, and a little to where r is the target.
+where the loss falls and r hardly moves, and a little to where r is the target.
 
 Why no gradient? That of the mask takes a token that is gone for one that no later block would
 remove. In truth, what one block leaves the next ones often merge.
@@ -115,7 +115,7 @@ def choose(model, teacher, images, target):
 def at_target(model, images, wanted, target, shares):
     """Scale shares until r is the target. Returns the root of the KL from wanted, and them."""
     try:
-        shares = landing.scale(model, images, target, shares, min(0.002, 0.02 * (1 - target)))[1]
+        shares = landing.scale(model, images, target, shares)[1]
     except landing.OutOfReach:
         return math.inf, shares
     kl = measuring.kl_divergence(measuring.predict(model, images), wanted)  # (n,)

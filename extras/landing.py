@@ -117,12 +117,19 @@ def shares_of(model, images):
     shares = {}
     for key, masker in maskers(model).items():
         found = scores[key]
-        above = (found > masker.threshold).double().mean().item() if len(found) else 0.0
-        shares[key] = above if key[1] == "merge" else 1 - above
+        gone = found > masker.threshold if key[1] == "merge" else found <= masker.threshold
+        # What meets nothing prunes all, unless it is off.
+        pruned = float(key[1] == "prune" and masker.threshold.item() > 0)
+        shares[key] = gone.double().mean().item() if len(gone) else pruned
     return shares, r
 
 
-def scale(model, images, target, shares, tolerance=0.002, now=None):
+def tolerance(target):
+    """How far from the target r may stay; near 1 little, as there is little to remove."""
+    return min(0.002, 0.02 * (1 - target))
+
+
+def scale(model, images, target, shares, now=None):
     """Multiply all shares by one number so that r is the target; 0 stays 0. Returns r and shares.
 
     now: r at these shares, where it is known. Raises OutOfReach where even the largest shares leave
@@ -136,19 +143,19 @@ def scale(model, images, target, shares, tolerance=0.002, now=None):
     low, factor = (0.0, 1.0), 1.0
     r = place(model, images, shares) if now is None else now
     # log r falls nearly straight. A little further than that, until r is beyond the target.
-    while r > target + tolerance and factor < largest:
+    while r > target + tolerance(target) and factor < largest:
         low = (factor, r)
         times = math.log(target) / min(math.log(r), 0.01 * math.log(target))
         factor = min(largest, 1.1 * times * factor)
         r = place(model, images, scaled(factor))
-    if r > target + tolerance:
+    if r > target + tolerance(target):
         raise OutOfReach(f"the target {target:g} is out of reach: the lowest r is {r:.3f}")
     high = (factor, r)
     progress = runtime.Progress()
     # False position, in the Illinois form: the weight of a side that stays twice is halved.
     weights, moved = [1.0, 1.0], None
     for _ in range(30):
-        if abs(r - target) <= tolerance or high[0] - low[0] < 1e-6:
+        if abs(r - target) <= tolerance(target) or high[0] - low[0] < 1e-6:
             break
         above = weights[0] * math.log(low[1] / target)
         below = weights[1] * math.log(target / high[1])
@@ -173,10 +180,17 @@ def land(model, images, target):
     """Scale what the thresholds remove until r is the target. Returns r before and after.
 
     A threshold that removes nothing stays off. Where none removes anything, all get equal shares.
+    Raises OutOfReach, the thresholds then as before.
     """
     shares, before = shares_of(model, images)
-    if abs(before - target) <= 0.002:
+    if abs(before - target) <= tolerance(target):
         return before, before
-    if not any(shares.values()):
-        return before, start(model, images, target)[0]
-    return before, scale(model, images, target, shares, now=before)[0]
+    thresholds = {masker: masker.threshold.clone() for masker in maskers(model).values()}
+    try:
+        if not any(shares.values()):
+            return before, start(model, images, target)[0]
+        return before, scale(model, images, target, shares, now=before)[0]
+    except OutOfReach:
+        for masker, threshold in thresholds.items():
+            masker.threshold.data.copy_(threshold)
+        raise

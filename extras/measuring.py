@@ -89,7 +89,7 @@ def kl_divergence(logits, wanted):
 
 
 def root(kl):
-    """Of KLs (n,), differentiable at 0: the mean of the KL itself depends on a few images."""
+    """Of KLs (n,), flat near 0, where noise is. The mean KL itself would depend on a few images."""
     return (kl.clamp(min=0) + 1e-6).sqrt()
 
 

@@ -91,7 +91,7 @@ class Run:
     def batches(self, dataset, image_size, device):
         """Images (B, 3, S, S) and labels (B,) of every step that is left, of this process.
 
-        dataset: a batching.Augmented. A process without an image of a batch gets a blank one, that
+        dataset: a batching.Augmented. A process without an image of a batch gets another's, which
         `mean` leaves out. A batch without any good image is skipped.
         """
         me, count = runtime.processes()

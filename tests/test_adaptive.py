@@ -1,7 +1,11 @@
 """The adaptive recipe: where it starts, where a step goes, and what it ends with."""
 
+import csv
 import json
+import os
+import random
 import re
+import signal
 from dataclasses import replace
 
 import pytest
@@ -265,41 +269,64 @@ def test_what_starts_with_a_share_of_0_stays_off(tiny, tmp_path, monkeypatch):
     assert metrics["flops_ratio"] == pytest.approx(0.95, abs=0.02)
 
 
-def learned_at(price, out, monkeypatch):
-    """Learn with given prices (8,). Returns thresholds.json, and the ranks after each step."""
-    monkeypatch.setitem(ltmp.VARIANTS, "tiny", replace(ltmp.VARIANTS["tiny"], depth=4))
-    measured, set_ranks, ranks = adaptive.differences, adaptive.set_ranks, []
+def learned_at(price, out, *flags, interrupted=None):
+    """Learn with given prices (8,). Returns thresholds.json, and the ranks after each step.
+
+    interrupted: the step that a Ctrl-C ends.
+    """
+    measured, set_ranks, ranks, ups = adaptive.differences, adaptive.set_ranks, [], []
 
     def priced(model, *args, **options):
+        ups.append(options.get("up", args[-1]))
         *found, _, saved = measured(model, *args, **options)
         return *found, -saved * torch.tensor(price), saved
 
     def noted(maskers, scores, now):
         ranks.append(now.clone())
         set_ranks(maskers, scores, now)
+        if len(ranks) == interrupted:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(adaptive, "differences", priced)
-    monkeypatch.setattr(adaptive, "set_ranks", noted)
-    flags = ["--model", "tiny", "--weights", "none", "--limit-train", "256", "-b", "8"]
-    found, _ = learned(out, *flags, "--limit-val", "10", "--target", "0.6")
+    options = ["--model", "tiny", "--weights", "none", "--limit-train", "256", "-b", "8"]
+    options += ["--limit-val", "10", "--target", "0.6", *flags]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ltmp.VARIANTS, "tiny", replace(ltmp.VARIANTS["tiny"], depth=4))
+        patch.setattr(adaptive, "differences", priced)
+        patch.setattr(adaptive, "set_ranks", noted)
+        found, _ = learned(out, *options)
+    # The first is before learning.
+    assert ups[1:] == [step % 2 == 0 for step in range(32)][-len(ranks) :]
     return found, ranks
 
 
 @pytest.mark.parametrize("pays", [True, False])
-def test_a_late_prune_threshold_leaves_0_where_pruning_pays(tiny, tmp_path, monkeypatch, pays):
+def test_a_late_prune_threshold_leaves_0_where_pruning_pays(tiny, tmp_path, pays):
     # Merging costs 1 for all that it saves, pruning in block 3 nothing, or 3.
     price = [1.0] * 5 + [0.0 if pays else 3.0] + [1.0] * 2
-    found, _ = learned_at(price, tmp_path, monkeypatch)
+    found, _ = learned_at(price, tmp_path)
     prune = found["prune_thresholds"]
     assert prune[:2] == [0, 0] and (prune[2] > 0) == pays and prune[3] > 0
 
 
-def test_what_starts_at_0_moves_slowly(tiny, tmp_path, monkeypatch):
+def test_what_starts_at_0_moves_slowly(tiny, tmp_path):
     # Merging in block 2 and pruning in block 3 have one price, so one direction.
     price = [1.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0]
-    _, ranks = learned_at(price, tmp_path, monkeypatch)
+    whole, ranks = learned_at(price, tmp_path / "whole")
     moved = ranks[-1] - ranks[len(ranks) // 2]
     assert moved[2] > 0 and moved[5] == pytest.approx(0.3 * moved[2].item(), rel=1e-3)
+    # A run that is resumed still knows what started at 0.
+    with pytest.raises(SystemExit):
+        learned_at(price, tmp_path / "cut", interrupted=18)
+    assert learned_at(price, tmp_path / "cut", "--resume")[0] == whole
+
+
+def test_learning_leads_r_to_the_target(tiny, tmp_path, monkeypatch):
+    choose = adaptive.choose
+    monkeypatch.setattr(adaptive, "choose", lambda *args: choose(*args[:3], 0.75))
+    learned_at([1.0] * 8, tmp_path, "--no-landing")
+    with open(tmp_path / "log.csv", newline="") as file:
+        r = [float(row["r"]) for row in csv.DictReader(file)]
+    assert r[0] > 0.7 and sum(r[-16:]) / 16 == pytest.approx(0.6, abs=0.02)
 
 
 @pytest.mark.slow
@@ -372,17 +399,22 @@ def test_the_gradient_of_r_is_near_its_differences(method, cosine):
         assert slopes[first] / differences[first] > 2
 
 
-@pytest.mark.parametrize("recipe, scale", [("adaptive", (0.81, 0.81)), ("paper", (0.08, 1))])
-def test_learning_sees_objects_as_large_as_landing_does(recipe, scale):
+@pytest.mark.parametrize("recipe", ["adaptive", "paper"])
+@pytest.mark.parametrize("size", [(300, 300), (400, 300), (300, 533)])
+def test_learning_sees_objects_as_large_as_landing_does(recipe, size, monkeypatch):
     transform = train.augmentation(None, ltmp.VARIANTS["deit_small_patch16_224"], recipe)
-    image = Image.new("RGB", (300, 300))
-    areas = []
+    image, rng, sides, crop = Image.new("RGB", size), random.Random(0), [], data.random_crop
 
-    def crop(size, share, rng):
-        areas.append(share)
-        return 0, 0, 300, 300
+    def noted(*args):
+        left, top, right, bottom = crop(*args)
+        sides.append(((right - left) * (bottom - top)) ** 0.5)
+        return left, top, right, bottom
 
-    with pytest.MonkeyPatch.context() as until:
-        until.setattr(data, "random_crop", crop)
-        transform(image)
-    assert areas[0] == pytest.approx(scale)
+    monkeypatch.setattr(data, "random_crop", noted)
+    for _ in range(100):
+        transform(image, rng)
+    if recipe == "adaptive":
+        # Landing crops 0.9 of the shorter side.
+        assert min(sides) > 269 and max(sides) < 271
+    else:
+        assert min(sides) < 150 and max(sides) > 280

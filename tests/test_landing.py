@@ -88,6 +88,10 @@ def test_landing_is_exact_and_leaves_what_is_off_exactly_off(spread_model, image
         assert after == landing.measure(model, images)
         found[target] = landing.shares_of(model, images)[0]
         assert all(found[target][key] == 0 for key in off)
+        # Where nothing is left to prune, all of it is.
+        scores = landing.scores_met(model, images)[0]
+        pruned = {key: 1.0 for key in scores if key[1] == "prune" and not len(scores[key])}
+        found[target] |= pruned
     # A larger target removes less.
     removed = [sum(shares.values()) for shares in found.values()]
     assert removed == sorted(removed, reverse=True)
@@ -120,7 +124,7 @@ def test_a_target_next_to_1_ends(spread_model, images, monkeypatch, share):
 
     monkeypatch.setattr(landing, "place", counted)
     shares = {key: share * (key == (0, "merge")) for key in landing.maskers(model)}
-    r, _ = landing.scale(model, images, 0.9995, shares, 1e-4)
+    r, _ = landing.scale(model, images, 0.9995, shares)
     assert 0 < 1 - r < 0.01
 
 
@@ -144,3 +148,25 @@ def test_out_of_reach_names_the_lowest_r(spread_model, images):
     lowest = landing.place(model, images, dict.fromkeys(landing.maskers(model), 1.0))
     with pytest.raises(landing.OutOfReach, match=f"0.05 is out of reach: .* {lowest:.3f}"):
         landing.start(model, images, 0.05)
+
+
+@pytest.mark.parametrize("off", [True, False])
+def test_where_landing_fails_thresholds_stay_as_they_were(spread_model, images, off):
+    model = spread_model(2, "ltmp")
+    few = {key: 0.1 * (key == (5, "merge") or not off) for key in landing.maskers(model)}
+    landing.place(model, images, few)
+    before = values(model)
+    with pytest.raises(landing.OutOfReach):
+        landing.land(model, images, 0.05)
+    assert values(model) == before
+
+
+def test_a_threshold_that_is_off_stays_off_where_it_meets_nothing(spread_model, images):
+    model = spread_model(2, "ltp")
+    # Block 3 prunes all patches, so the blocks behind it meet none.
+    r = landing.place(model, images, {key: float(key[0] == 3) for key in landing.maskers(model)})
+    assert [round(share, 6) for share in landing.shares_of(model, images)[0].values()] == [
+        0, 0, 0, 1, 0, 0
+    ]  # fmt: skip
+    landing.land(model, images, r + 0.03)
+    assert [model.blocks[i].prune_masker.threshold.item() for i in (0, 1, 2, 4, 5)] == [0] * 5
