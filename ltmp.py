@@ -135,9 +135,8 @@ class ThresholdMasker(nn.Module):
 
         d loss / d threshold = - sum over tokens of (d loss / d decision) * soft (1 - soft) / tau
 
-    A decision reaches the loss through the mask, which later attention and `kept` see, and through
-    the mean and the size that merging makes. These move later scores, too. For merge 1 means: it
-    merges; for prune: it stays.
+    A decision reaches the loss through the mask, which later attention and `kept` see, the mean and
+    the size that merging makes, and later scores. For merge 1 means: it merges; prune: it stays.
     The threshold stays float32 whatever the model becomes: near 1 a bfloat16 has steps of 0.004.
     """
 

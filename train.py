@@ -18,6 +18,7 @@ import torch.nn.functional as F
 import data
 import ltmp
 from extras import adaptive, batching, landing, measuring, models, runtime
+from extras.fashion_mnist import FashionMNIST
 from extras.run import Run, check_folder
 from flops import model_flops
 
@@ -150,7 +151,7 @@ def augmentation(train_set, config, recipe):
     of Fashion-MNIST fill the image.
     """
     options = {}
-    if recipe == "adaptive" or isinstance(train_set, data.FashionMNIST):
+    if recipe == "adaptive" or isinstance(train_set, FashionMNIST):
         options = {"scale": (config.crop_pct**2,) * 2, "of_square": True, "jitter": 0}
     return data.train_transform(config.image_size, config.mean, config.std, **options)
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import data
 import ltmp
 from extras import batching, runtime, weights
+from extras.fashion_mnist import DEMO_FILE, FashionMNIST
 
 SAVE_EVERY = 60  # seconds
 
@@ -35,7 +36,7 @@ def make_data(args):
     """Write the first 300 training and 200 test images of each class, as numpy.savez does."""
     arrays = {}
     for split, per_class in (("train", 300), ("test", 200)):
-        full = data.FashionMNIST(args.folder, split)
+        full = FashionMNIST(args.folder, split)
         of_class = [np.flatnonzero(full.labels == label)[:per_class] for label in range(10)]
         chosen = np.sort(np.concatenate(of_class))
         arrays[f"{split}_images"] = full.images[chosen]  # (n, 28, 28) uint8
@@ -63,7 +64,7 @@ def make_vit(args):
     config = model.config
     # The clothes are centred and fill the image: of the augmentation only the flip makes sense.
     flip = data.train_transform(config.image_size, config.mean, config.std, (1, 1), jitter=0)
-    dataset = data.FashionMNIST(args.data or data.DEMO_FILE, "train")
+    dataset = FashionMNIST(args.data or DEMO_FILE, "train")
     train(model, batching.Augmented(dataset, flip, args.seed), args)
     path = args.out / "vit_demo.pth"
     write_torch(path, {name: value.half() for name, value in model.state_dict().items()})
@@ -202,7 +203,7 @@ def parse_args(argv=None):
 
     command = commands.add_parser("data", help="the embedded part of Fashion-MNIST")
     command.add_argument("folder", help="folder with the four *-ubyte.gz files")
-    command.add_argument("--out", type=Path, default=data.DEMO_FILE, help="default: %(default)s")
+    command.add_argument("--out", type=Path, default=DEMO_FILE, help="default: %(default)s")
     command.set_defaults(make=make_data)
     command.error = runtime.stop
 

@@ -19,6 +19,7 @@ from PIL import Image, ImageColor, ImageDraw, ImageFont
 import data
 import flops
 from extras import batching, models, runtime
+from extras.fashion_mnist import FashionMNIST
 
 INK, FADED, LINE, PAPER = (30, 30, 30), (110, 110, 110), (200, 200, 200), (255, 255, 255)
 GREEN, RED, BLUE, SHADE = (0, 120, 40), (200, 20, 20), (0, 90, 180), (200, 225, 245)
@@ -458,7 +459,7 @@ def main(argv=None):
 
     classes = dataset.classes if args.data else []
     if name == "demo" and not (args.data or args.weights):
-        classes = data.FASHION_CLASSES
+        classes = FashionMNIST.classes
     model.to(device).eval()
     with torch.inference_mode(), runtime.amp_context(device, args.amp):
         draw_strips(model, name, images, args.images, classes, args.out)

@@ -13,6 +13,7 @@ import torch
 import data
 
 from . import runtime
+from .fashion_mnist import FashionMNIST
 
 
 def evenly(length, limit):
@@ -121,7 +122,7 @@ def make_loader(dataset, args, device, **options):
         # A scheduler may grant fewer cores than there are.
         granted = hasattr(os, "sched_getaffinity")
         cores = len(os.sched_getaffinity(0)) if granted else os.cpu_count() or 1
-        workers = 0 if isinstance(innermost, data.FashionMNIST) else min(8, cores)
+        workers = 0 if isinstance(innermost, FashionMNIST) else min(8, cores)
     if workers:
         atexit.register(end_workers)
     return Loader(

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import data
 
+from .fashion_mnist import DEMO_FILE, FashionMNIST
+
 
 def open_split(root, split, transform=None, val_fraction=None, seed=0):
     """The "train" or "val" part of a data set.
@@ -16,7 +18,7 @@ def open_split(root, split, transform=None, val_fraction=None, seed=0):
     """
     if root is None or (Path(root) / "t10k-images-idx3-ubyte.gz").is_file():
         part = {"train": "train", "val": "test"}[split]
-        return data.FashionMNIST(data.DEMO_FILE if root is None else root, part, transform)
+        return FashionMNIST(DEMO_FILE if root is None else root, part, transform)
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"no data folder at {root}")

@@ -7,10 +7,11 @@ import torch
 
 import data
 from extras import batching
+from extras.fashion_mnist import DEMO_FILE, FashionMNIST
 
 
 def test_augmented_items_depend_on_seed_epoch_and_index_alone():
-    dataset = data.FashionMNIST(data.DEMO_FILE, "train")
+    dataset = FashionMNIST(DEMO_FILE, "train")
     first, again, other = (
         batching.Augmented(dataset, data.train_transform(28), seed) for seed in (0, 0, 1)
     )
@@ -34,14 +35,14 @@ def test_an_epoch_has_every_item_once_in_an_order_of_its_own():
 
 
 def test_subsets_are_even():
-    dataset = data.FashionMNIST(data.DEMO_FILE, "test")
+    dataset = FashionMNIST(DEMO_FILE, "test")
     assert batching.evenly(10, 4) == [0, 2, 5, 7]
     assert batching.evenly(3, None) == batching.evenly(3, 9) == [0, 1, 2]
     assert batching.subset(dataset, 4).indices == [0, 500, 1000, 1500]
 
 
 def test_a_sample_is_drawn_by_its_seed():
-    dataset = data.FashionMNIST(data.DEMO_FILE, "test")
+    dataset = FashionMNIST(DEMO_FILE, "test")
     drawn = batching.sample(dataset, 50, seed=0).indices
     assert len(set(drawn)) == 50 and drawn != sorted(drawn)
     assert drawn == batching.sample(dataset, 50, seed=0).indices

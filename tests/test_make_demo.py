@@ -13,6 +13,7 @@ import data
 import ltmp
 from experiments import make_demo
 from extras import batching, runtime, splits
+from extras.fashion_mnist import FashionMNIST
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_embedded_data_is_the_first_of_each_class_in_their_order(tmp_path, capsy
         full[split] = images, labels
     make_demo.main(["data", str(tmp_path), "--out", str(tmp_path / "embedded.npz")])
     for split, source, per_class in (("train", "train", 300), ("test", "t10k", 200)):
-        found = data.FashionMNIST(tmp_path / "embedded.npz", split)
+        found = FashionMNIST(tmp_path / "embedded.npz", split)
         images, labels = full[source]
         assert np.bincount(found.labels).tolist() == [per_class] * 10
         for label in range(10):

@@ -14,6 +14,7 @@ import flops
 import ltmp
 from experiments import pictures
 from extras import batching, models, splits
+from extras.fashion_mnist import FashionMNIST
 
 THRESHOLDS = {
     "method": "ltmp",
@@ -226,7 +227,7 @@ def test_a_strip_says_what_inference_finds(shirt, tmp_path, monkeypatch):
         ("dense", "reduced"), guesses, (dense_logits, logits), strict=True
     ):
         probability, index = output[0].softmax(0).max(0)
-        assert line == f"{which}: {data.FASHION_CLASSES[index]}, {100 * probability:.1f} %"
+        assert line == f"{which}: {FashionMNIST.classes[index]}, {100 * probability:.1f} %"
 
 
 def test_images_with_the_same_name_are_both_drawn(tmp_path, monkeypatch, capsys):
@@ -340,7 +341,7 @@ def test_the_gallery_shows_the_extremes_and_what_changed(tmp_path, monkeypatch, 
         for which, output in outputs.items():
             guess = guesses[which][i]
             text = (
-                f"{which}: {data.FASHION_CLASSES[guess]}, {100 * output[i].softmax(0).max():.0f} %"
+                f"{which}: {FashionMNIST.classes[guess]}, {100 * output[i].softmax(0).max():.0f} %"
             )
             expected.append((text, pictures.GREEN if guess == labels[i] else pictures.RED))
     texts = texts_of(writes)
