@@ -22,6 +22,9 @@ from extras.fashion_mnist import FashionMNIST
 from extras.run import Run, check_folder
 from flops import model_flops
 
+# What to do where a run was cut off.
+HINT = "--resume goes on from the last save, if there is one"
+
 
 def learn(model, train_set, args, device):
     """The paper's loop: one loss for accuracy and FLOPs. Returns the Run."""
@@ -117,7 +120,7 @@ def main(argv=None):
     # Adaptive learning, and landing, look at images as validation sees them.
     train_set.transform = val_set.transform = models.clean_transform(model.config)
     if args.method != "dense":
-        images = batching.load_images(train_set, args, device)  # (n, 3, S, S), n <= 512
+        images = batching.load_images(train_set, args, device, model.config.num_tokens)
     transform = augmentation(train_set, model.config, args.recipe)
     augmented = batching.Augmented(train_set, transform, args.seed, args.limit_train)
     try:
@@ -267,4 +270,4 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    runtime.run_main(main)
+    runtime.run_main(main, HINT)

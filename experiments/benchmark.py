@@ -245,7 +245,7 @@ def choose_model(args):
 
 def main(argv=None):
     """The command line: build, check, measure, print."""
-    parser = runtime.command_line("Time and memory of a ViT, dense and reduced.")
+    parser = runtime.command_line("Time and memory of a ViT, dense and reduced.", ("-b",))
     models.model_flags(parser)
     models.threshold_flags(parser)
     what = "place every threshold so that it removes this share of what it meets"

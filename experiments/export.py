@@ -165,7 +165,7 @@ def measure(what, runs, images, r):
 def main(argv=None):
     """The command line: trace, check, write, measure."""
     what = "Write a reduced ViT to an ONNX file, for one image at a time."
-    parser = runtime.command_line(what, batches=False)
+    parser = runtime.command_line(what, ("-b", "--device", "--amp"))
     models.model_flags(parser)
     models.threshold_flags(parser)
     add, number = parser.add_argument, runtime.at_least(1)

@@ -4,8 +4,8 @@
     python -m experiments.frontier --out out/deit --data /imagenet --targets 0.5 0.75 --seeds 1
 
 Thresholds for every method, target and seed are learned by train.py, then all are evaluated on the
-same images. The folder --out gets a folder for each run, frontier.csv with a row for each, and
-frontier.png. The same command goes on where it was stopped.
+same images. The folder --out gets a folder for each run; frontier.csv and frontier.png show those
+of the last command. The same command goes on where it was stopped.
 """
 
 import io
@@ -49,6 +49,16 @@ def fixed_count(config, target):
     return min(range(config.num_tokens // 2 + 1), key=distance)
 
 
+def ended(command):
+    """Run a program, and return its exit code. Ctrl-C reaches it, too: wait until it has saved."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        try:
+            return process.wait()
+        except KeyboardInterrupt:
+            process.wait()
+            raise
+
+
 def learn(method, target, seed, folder, args):
     """Learn thresholds by train.py, which goes on where it was stopped, or end the program."""
     command = [sys.executable, str(TRAIN), f"--method={method}", f"--target={target}"]
@@ -60,7 +70,7 @@ def learn(method, target, seed, folder, args):
     command += ["--no-amp"] * (args.amp is False)
     command += ["--skip-bad-images"] * args.skip_bad_images
     command += ["--resume"] * (folder / "last.pt").exists()
-    code = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    code = ended(command)
     if code:
         runtime.stop(
             f"{folder.name}: train.py ended with code {code}; once the reason that it gave is "

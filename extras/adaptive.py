@@ -36,7 +36,7 @@ def learn(model, train_set, clean, args, device):
     scores = runtime.agreed(start_scores(model, clean[:128], shares))
     ranks = torch.tensor([shares[key] for key in maskers]).clamp(max=1)  # (n,)
     learned = (ranks < 1) & ((ranks > 0) | late_prunes(maskers))  # (n,)
-    wanted = measuring.predict(teacher, clean[:64])
+    wanted = measuring.predict(teacher, clean[:64]).float().to(device)
     *_, saved = differences(model, clean[:64], wanted, scores, ranks, learned, up=True)
     # What each rank saves, at the start: agreed by way of the CPU, as GPUs differ.
     saved = runtime.agreed(-saved.mean(0).cpu()).clamp(min=1e-4)  # (n,)

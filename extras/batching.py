@@ -137,12 +137,14 @@ def make_loader(dataset, args, device, **options):
     )
 
 
-def load_images(dataset, args, device, count=512):
-    """Up to `count` images of the first --limit-train, drawn by --seed -> (count, 3, S, S).
+def load_images(dataset, args, device, num_tokens):
+    """Images of the first --limit-train, drawn by --seed, all for one batch -> (n, 3, S, S).
 
-    The same in every process. Ends the program where none can be read.
+    n is 512, or fewer where an image has many tokens. The same in every process. Ends the program
+    where none can be read.
     """
     limited = subset(dataset, args.limit_train)
+    count = min(512, 150_000 // num_tokens)
     loader = make_loader(sample(limited, count, args.seed), args, device, batch_size=64)
     loader.speaker = 0
     batches = [images for images, _ in loader if len(images)]

@@ -86,7 +86,7 @@ def place(model, images, shares):
 @torch.no_grad()
 def measure(model, images):
     """r over images (B, 3, S, S), tokens really dropped."""
-    kept = model.eval()(images)[1].double()  # (depth, B)
+    kept = model.eval()(images)[1].cpu().double()  # (depth, B)
     return (model_flops(model.config, kept).mean() / model_flops(model.config)).item()
 
 
@@ -149,7 +149,7 @@ def scale(model, images, target, shares, now=None):
         factor = min(largest, 1.1 * times * factor)
         r = place(model, images, scaled(factor))
     if r > target + tolerance(target):
-        raise OutOfReach(f"the target {target:g} is out of reach: the lowest r is {r:.3f}")
+        raise OutOfReach(f"the target {target:g} is out of reach: the lowest r found is {r:.3f}")
     high = (factor, r)
     progress = runtime.Progress()
     # False position, in the Illinois form: the weight of a side that stays twice is halved.

@@ -95,9 +95,9 @@ def root(kl):
 
 @torch.no_grad()
 def predict(model, images):
-    """Logits (n, classes) float64 of images (n, 3, S, S), in inference, without autocast."""
+    """Logits (n, classes), float64 on the CPU, of images (n, 3, S, S), without autocast."""
     with torch.autocast(images.device.type, enabled=False):
-        return torch.cat([model.eval()(batch)[0].double() for batch in images.split(64)])
+        return torch.cat([model.eval()(batch)[0].cpu().double() for batch in images.split(64)])
 
 
 def report(metrics):

@@ -77,9 +77,11 @@ class Run:
         row = ",".join([str(self.step), *cells])
         runtime.write_file(self.args.out / "log.csv", row + "\n", append=True)
         done, total = self.step - self.first_step, self.total_steps - self.first_step
-        self.progress.show(f"train: step {self.step}/{self.total_steps}, {text}", done, total)
-        if self.interrupts.any():
+        interrupted = self.interrupts.any()
+        if interrupted:
             self.save()
+        self.progress.show(f"train: step {self.step}/{self.total_steps}, {text}", done, total)
+        if interrupted:
             runtime.stop(
                 f"stopped after step {self.step} of {self.total_steps}; the same command with "
                 "--resume goes on from there",
@@ -145,6 +147,8 @@ def check_folder(args):
 def settings(args):
     """What must be the same when a run is resumed."""
     free = ("resume", "overwrite", "out", "workers", "device", "limit_val", "skip_bad_images")
+    # What comes behind learning may change, too.
+    free += ("landing",)
     found = {name: value for name, value in vars(args).items() if name not in free}
     return {"processes": runtime.processes()[1]} | found
 

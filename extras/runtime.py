@@ -17,18 +17,22 @@ import torch.distributed as dist
 # Flags
 
 
-def command_line(description, batches=True):
-    """An ArgumentParser with the flags of every program; it refuses wrong ones in one line.
+def command_line(description, left_out=()):
+    """An ArgumentParser with the flags of every program, less those that are left out.
 
-    batches=False leaves out the flags for batches on a device.
+    It refuses wrong ones in one line.
     """
+
+    def add(*names, **options):
+        if names[0] not in left_out:
+            parser.add_argument(*names, **options)
+
     for stream in (sys.stdout, sys.stderr):
         # A file name that the terminal's encoding lacks must not end a run.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(description=description)
     parser.error = stop
-    add = parser.add_argument
     add(
         "--data",
         metavar="DIR",
@@ -54,8 +58,6 @@ def command_line(description, batches=True):
         action="store_true",
         help="leave out images that cannot be read and list them (default: stop at the first)",
     )
-    if not batches:
-        return parser
     add(
         "-b",
         "--batch-size",
@@ -110,13 +112,17 @@ def stop(message, code=2, speaker=0):
 
 def say(text, file=None, speaker=0):
     """Print, on stderr by default. Of several processes only one speaks."""
-    if processes()[0] != speaker:
-        return
+    if processes()[0] == speaker:
+        write(text + "\n", file or sys.stderr)
+
+
+def write(text, file):
+    """Write text to a stream, at once; where nobody reads any more, as behind `| head`, nothing."""
     try:
-        print(text, file=file or sys.stderr, flush=True)
+        print(text, end="", file=file, flush=True)
     except BrokenPipeError:
-        # Nobody reads any more, as behind `| head`; Python must not fail on it at its end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stderr).fileno())
+        # Python must not fail on it at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
 
 def say_skipped(messages):
@@ -146,39 +152,42 @@ class Progress:
             left = int((now - self.start) / done * (total - done))
             text = f"{text}  {left // 60}:{left % 60:02d} left"
         if self.live:
-            print(f"\r{text}\x1b[K", end="\n" if finished else "", file=sys.stderr, flush=True)
+            write(f"\r{text}\x1b[K" + "\n" * finished, sys.stderr)
         else:
-            print(text, file=sys.stderr, flush=True)
+            write(text + "\n", sys.stderr)
 
 
 # What an error says when the machine gives out, and what to do: the first that fits.
 EXHAUSTED = {
     "shared memory|shm|Bus error": "/dev/shm is full: make it larger, or load with --workers 0",
-    "CUDA out of memory|OutOfMemoryError": "the GPU's memory is full: take a smaller -b",
+    "CUDA out of memory|OutOfMemoryError": "the GPU's memory is full: a smaller -b, begun anew, "
+    "needs less",
     r"DataLoader worker \(pid": "the system ended a process that loads images, as where memory is "
-    "full: take fewer --workers or a smaller -b",
-    "MemoryError|allocate memory|not enough memory": "memory is full: take a smaller -b",
+    "full: take fewer --workers",
+    "MemoryError|allocate memory|not enough memory": "memory is full: a smaller -b, begun anew, "
+    "needs less",
     "No space left": "the disk is full, or /dev/shm: make room",
     "Too many open files": "too many files are open: raise the limit by ulimit -n",
 }
 
 
-def run_main(main, hint="train.py --resume goes on from the last save, if there is one"):
+def run_main(main, hint=""):
     """Run a program. Ctrl-C, and a machine that gives out, end it with one line and a hint."""
+    hint = f"; {hint}" if hint else ""
     try:
         main()
     except KeyboardInterrupt:
-        stop(f"stopped; {hint}", 130)
+        stop(f"stopped{hint}", 130)
     except (RuntimeError, MemoryError, OSError) as error:
         text = f"{type(error).__name__}: {error}"
         advice = next((line for fault, line in EXHAUSTED.items() if re.search(fault, text)), None)
         if advice is None:
             raise
-        stop(f"{advice}; {hint}", 1, speaker=processes()[0])
+        stop(advice + hint, 1, speaker=processes()[0])
 
 
 class Interrupts:
-    """Inside, Ctrl-C and SIGTERM are only noted, so a step can end; a second one stops at once.
+    """Inside, Ctrl-C and SIGTERM are only noted, so a step can end; a second Ctrl-C stops at once.
 
     In a thread that is not the main one signals are left alone.
     """
@@ -193,7 +202,9 @@ class Interrupts:
 
     def note(self, number, _):
         self.noted.append(number)
-        signal.signal(number, self.previous[number])
+        # SIGTERM to all reaches a process of torchrun twice: directly, and from torchrun.
+        if number == signal.SIGINT:
+            signal.signal(number, self.previous[number])
 
     def __exit__(self, *_):
         for number, handler in self.previous.items():
@@ -318,9 +329,12 @@ def find_device(name):
     """torch.device by name; under torchrun each process takes its own GPU. Raises ValueError."""
     if name == "cuda" and processes()[1] > 1:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(name)
     try:
-        return torch.empty(0, device=name).device
+        device = torch.empty(0, device=name).device
+        if device.type == "cuda":
+            # What names no GPU, as Triton and pinned memory, goes to the current one.
+            torch.cuda.set_device(device)
+        return device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"no device {name}: {str(error).splitlines()[0]}") from None
 

@@ -7,6 +7,9 @@ import data
 
 from .fashion_mnist import DEMO_FILE, FashionMNIST
 
+# A folder of this name that holds folders is a part of the data, not a class.
+PARTS = ("train", "training", "test", "testing", "val", "valid", "validation")
+
 
 def open_split(root, split, transform=None, val_fraction=None, seed=0):
     """The "train" or "val" part of a data set.
@@ -37,11 +40,24 @@ def open_split(root, split, transform=None, val_fraction=None, seed=0):
             "with one folder per class; without val, --val-fraction 0.1 sets a tenth of the images "
             "aside"
         )
-    folder = data.ImageFolder(root / "train" if train == "train" else root, transform)
+    if train == "training":
+        raise ValueError(f"{root}: rename training to train")
+    folder = data.ImageFolder(root / "train" if train else root, transform)
+    if not train:
+        refuse_parts(root, folder.classes)
     folder.samples = draw_split(folder.samples, split, val_fraction, seed)
     if len({label for _, label in folder.samples}) < len(folder.classes):
         raise ValueError(f"{root}: a class has too few images to split, two at least")
     return folder
+
+
+def refuse_parts(root, classes):
+    """Raise ValueError where classes are parts of a data set, such as Training and Testing."""
+    parts = [name for name in classes if name.lower() in PARTS]
+    if any(path.is_dir() for name in parts for path in (root / name).iterdir()):
+        raise ValueError(
+            f"{root} must hold train and val: {' and '.join(parts)} holds folders, and is no class"
+        )
 
 
 def first_folder(root, *names):

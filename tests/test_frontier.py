@@ -2,9 +2,14 @@
 
 import csv
 import json
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -30,16 +35,16 @@ def commands(monkeypatch):
     """The commands of train.py, which here only writes thresholds; nothing is plotted."""
     found = []
 
-    def train(command, **options):
+    def train(command):
         found.append(command)
         flags = dict(flag.lstrip("-").split("=", 1) for flag in command if "=" in flag)
         thresholds = {"merge_thresholds": [0.1, 0.1], "prune_thresholds": [0.01, 0.01]}
         Path(flags["out"]).mkdir(parents=True)
         path = Path(flags["out"], "thresholds.json")
         path.write_text(json.dumps({"method": flags["method"]} | thresholds))
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(frontier.subprocess, "run", train)
+    monkeypatch.setattr(frontier, "ended", train)
     monkeypatch.setattr(frontier, "plot", lambda points, path: None)
     return found
 
@@ -99,7 +104,8 @@ def test_a_fixed_count_is_the_one_nearest_to_the_target(method, image_size):
 
 
 def test_train_gets_the_flags(small, commands, tmp_path, capsys):
-    run(tmp_path, "--methods", "ltm", "--seeds", 1, "--limit-train", 9, "--no-amp")
+    flags = ["--limit-train", 9, "--no-amp", "--skip-bad-images"]
+    run(tmp_path, "--methods", "ltm", "--seeds", 1, *flags)
     assert set(commands[0][2:]) == {
         "--method=ltm",
         "--target=0.6",
@@ -112,23 +118,43 @@ def test_train_gets_the_flags(small, commands, tmp_path, capsys):
         "--workers=0",
         "--device=cpu",
         "--no-amp",
+        "--skip-bad-images",
     }
 
 
 def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, capsys):
     commands = []
 
-    def failing(command, **options):
+    def failing(command):
         commands.append(command)
-        return subprocess.CompletedProcess(command, 130)
+        return 130
 
-    monkeypatch.setattr(frontier.subprocess, "run", failing)
+    monkeypatch.setattr(frontier, "ended", failing)
     for _ in range(2):
         with pytest.raises(SystemExit):
             frontier.learn("ltm", 0.6, 0, tmp_path, parsed())
         (tmp_path / "last.pt").touch()
     assert ["--resume" in command for command in commands] == [False, True]
     assert f"{tmp_path.name}: train.py ended with code 130; once" in capsys.readouterr().err
+
+
+def test_ctrl_c_waits_until_the_run_has_saved(tmp_path, request):
+    saved, began = tmp_path / "saved", tmp_path / "began"
+    program = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(1.5); "
+    program += "pathlib.Path(sys.argv[2]).touch()"
+
+    def ctrl_c():
+        while not began.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    # A shell starts what runs in the background with Ctrl-C ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(partial(signal.signal, signal.SIGINT, before))
+    threading.Thread(target=ctrl_c).start()
+    with pytest.raises(KeyboardInterrupt):
+        frontier.ended([sys.executable, "-c", program, str(began), str(saved)])
+    assert saved.exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -182,6 +208,7 @@ def test_a_folder_of_other_flags_is_left_alone(small, commands, tmp_path, capsys
     assert (tmp_path / "frontier.csv").read_bytes() == before
     # More images, methods and seeds are welcome.
     run(tmp_path, "--methods", "tome", "topk", "--limit-val", 21, "--seed", 1)
+    assert [row["images"] for row in table(tmp_path)] == [21] * 3
     flags = ["--val-fraction", 0.1, "--seeds", 1, "--methods", "tome"]
     run(tmp_path / "split", *flags)
     message = refusal(capsys, tmp_path / "split", *flags, "--seed", 1)
@@ -212,10 +239,20 @@ POINTS = [
 ]
 
 
-def test_the_plot_is_a_png(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_the_plot_is_a_png_of_top1_and_kl(tmp_path, monkeypatch):
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    drawn, savefig = [], figure.savefig
+
+    def saving(self, *args, **options):
+        drawn.extend([line.get_xydata().tolist() for line in axes.lines] for axes in self.axes)
+        return savefig(self, *args, **options)
+
+    monkeypatch.setattr(figure, "savefig", saving)
     frontier.plot(POINTS, tmp_path / "frontier.png")
     assert (tmp_path / "frontier.png").read_bytes().startswith(b"\x89PNG")
+    top1, kl = drawn
+    assert [[0, 90], [1, 90]] in top1 and [[0.3, 80], [0.6, 85]] in top1
+    assert [[0.3, 0.1], [0.6, 0.01]] in kl and [[0.3, 80], [0.6, 85]] not in kl
 
 
 def test_without_matplotlib_it_says_what_to_install(tmp_path, capsys, monkeypatch):
@@ -245,8 +282,8 @@ def test_torchrun_is_refused(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_what_train_learns_is_what_evaluate_finds(tmp_path):
-    pytest.importorskip("matplotlib")
+def test_what_train_learns_is_what_evaluate_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(frontier, "plot", lambda points, path: None)
     flags = ["--methods=ltm", "--targets=0.6", "--seeds=1", "--limit-train=64", "--limit-val=50"]
     frontier.main([*flags, "--recipe=paper", "--out", str(tmp_path)])
     row = table(tmp_path)[1]

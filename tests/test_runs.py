@@ -284,9 +284,9 @@ def test_a_second_ctrl_c_ends_at_once(tiny, tmp_path, monkeypatch, capsys, reque
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(partial(signal.signal, signal.SIGINT, before))
     with pytest.raises(SystemExit) as end:
-        runtime.run_main(partial(train.main, flags))
+        runtime.run_main(partial(train.main, flags), train.HINT)
     assert end.value.code == 130
-    assert "stopped; train.py --resume goes on" in capsys.readouterr().err
+    assert "stopped; --resume goes on from the last save" in capsys.readouterr().err
     assert (tmp_path / "log.csv").read_text().count("\n") == 3
 
 
@@ -426,7 +426,7 @@ def live(flags, moment=None, count=1, said=os.devnull, environment=()):
     Path.write_bytes, os.replace = in_halves, renamed
     for module, name in IN_A_STEP.items():
         setattr(module, name, ticking(getattr(module, name)))
-    runtime.run_main(partial(train.main, flags))
+    runtime.run_main(partial(train.main, flags), train.HINT)
 
 
 def started(*args, **named):
@@ -479,15 +479,17 @@ def test_killed_at_any_moment_a_run_ends_the_same(tmp_path, recipe, moments):
             assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), last
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_all_processes_saves_and_stops(tmp_path, number):
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGTERM] * 2])
+def test_a_signal_to_all_processes_saves_and_stops(tmp_path, numbers):
     flags = [*TINY_RUN, "--limit-train", "400", "--epochs", "10", "--workers", "2"]
     process = started([*flags, "--out", str(tmp_path)], said=tmp_path / "said")
     log = tmp_path / "log.csv"
     while not log.exists() or log.read_text().count("\n") < 5:
         assert process.is_alive(), (tmp_path / "said").read_text()
         time.sleep(0.02)
-    os.killpg(process.pid, number)
+    for number in numbers:
+        os.killpg(process.pid, number)
+        time.sleep(0.001)
     assert ended(process) == 130
     step = torch.load(tmp_path / "last.pt", weights_only=True)["step"]
     last = (tmp_path / "said").read_text().splitlines()[-1]
@@ -670,6 +672,17 @@ def test_a_run_that_fails_never_hangs(tmp_path, where, workers):
         assert "Traceback" in printed and "RuntimeError: deep inside" in printed
 
 
+def test_where_nobody_reads_a_program_goes_on(monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as closed:
+        monkeypatch.setattr(sys, "stderr", closed)
+        progress = runtime.Progress(every=0)
+        progress.show("a step", 1, 2)
+        runtime.say("a line")
+        progress.show("the last step", 2, 2)
+
+
 @pytest.mark.parametrize(
     "error, advice",
     [
@@ -677,8 +690,8 @@ def test_a_run_that_fails_never_hangs(tmp_path, where, workers):
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--workers 0"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "fewer --workers"),
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory is full"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory is full: take a sm"),
-        (MemoryError(), "memory is full: take a smaller -b"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory is full: a smaller"),
+        (MemoryError(), "memory is full: a smaller -b, begun anew, needs less"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk is full"),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
     ],
@@ -690,7 +703,7 @@ def test_a_machine_that_gives_out_is_one_line(tiny, tmp_path, monkeypatch, capsy
     at_step(monkeypatch, train, 3, give_out)
     with pytest.raises(SystemExit) as end:
         flags = [*TINY_RUN, "--recipe", "paper", "--out", str(tmp_path)]
-        runtime.run_main(partial(train.main, flags))
+        runtime.run_main(partial(train.main, flags), train.HINT)
     assert end.value.code == 1
     last = capsys.readouterr().err.splitlines()[-1]
     assert advice in last and "--resume goes on from the last save" in last
@@ -970,7 +983,7 @@ WRONG_TRAINING = {
     "--target nan": "nan is no number",
     "--target half": "half is no number",
     "--target 1.5": "1.5 is not above 0 and at most 1",
-    "--target 0.01 --recipe adaptive": "out of reach: the lowest r is 0.",
+    "--target 0.01 --recipe adaptive": "out of reach: the lowest r found is 0.",
     "--lr 1e-3 -1": "-1 is no number from 0 on",
     "--tau 0": "--tau must be above 0",
     "--epochs 0": "0 is no whole number from 1 on",
