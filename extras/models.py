@@ -85,6 +85,12 @@ def settle_model(args):
         size = known["image_size"] or ltmp.VARIANTS[args.model].image_size
         if size != args.image_size:
             runtime.say(f"note: {args.weights} was learned at {size} pixels, not {args.image_size}")
+    drawn = [known.get("val_fraction"), known.get("seed")]
+    if known.get("data") == args.data and drawn[0] and drawn != [args.val_fraction, args.seed]:
+        runtime.say(
+            f"note: {args.weights} has learned from images that are validation images here: it had "
+            f"--val-fraction {drawn[0]:g} --seed {drawn[1]}"
+        )
     return known
 
 
@@ -146,6 +152,9 @@ def chosen_model(args):
                 f"the thresholds were learned for {found['model']}, the model is {name}: "
                 f"pass --model {found['model']}"
             )
+        others = found.get("weights", "the model's own")
+        if args.thresholds and args.weights is None and others != "the model's own":
+            raise ValueError(f"the thresholds were learned for other weights: --weights {others}")
         method = method or found["method"]
         image_size = image_size or found.get("image_size")
     else:

@@ -113,7 +113,7 @@ def stop(message, code=2, speaker=0):
 def say(text, file=None, speaker=0):
     """Print, on stderr by default. Of several processes only one speaks."""
     if processes()[0] == speaker:
-        write(text + "\n", file or sys.stderr)
+        write(f"{text}\n", file or sys.stderr)
 
 
 def write(text, file):

@@ -95,6 +95,28 @@ def test_part_of_imagenet_is_learned_and_evaluated_by_its_class_numbers(
         assert read(path)["dense_top1"] == 100
 
 
+def test_images_drawn_by_another_seed_may_have_been_learned(image_folder, tiny, tmp_path, capsys):
+    root = image_folder(tmp_path / "data", per_class=10)
+    shutil.rmtree(root / "val")
+    flags = ["--data", str(root), "--val-fraction", "0.5", "--model", "tiny", "-b", "4"]
+    path = tmp_path / "run" / "last.pt"
+    run_flags = ["--weights", "none", "--recipe", "paper", "--num-classes", "2", "--workers", "0"]
+    train.main([*flags, *run_flags, "--out", str(path.parent)])
+    for seed, leaks in ((0, False), (1, True)):
+        evaluate.main([*flags, "--weights", str(path), "--seed", str(seed)])
+        assert ("has learned from images that are valid" in capsys.readouterr().err) == leaks
+
+
+def test_thresholds_go_with_their_weights(tmp_path, capsys):
+    path = tmp_path / "thresholds.json"
+    content = {"merge_thresholds": [0.9] * 6, "prune_thresholds": [0.0] * 6}
+    path.write_text(json.dumps({"method": "ltmp", "weights": "mine.pth"} | content))
+    flags = ["--thresholds", path, "--limit-val", "10"]
+    stopped(evaluate.main, flags)
+    assert "learned for other weights: --weights mine.pth" in capsys.readouterr().err
+    evaluate.main(list(map(str, [*flags, "--weights", "none"])))
+
+
 @pytest.mark.slow
 def test_thresholds_of_a_deit_on_a_folder_of_jpegs(image_folder, tmp_path, capsys):
     root = image_folder(tmp_path / "images", ("a", "b", "c"), 4, (250, 188), ".jpg")
