@@ -259,19 +259,18 @@ def drop_dead(tokens):
 # Merge
 
 
-def bipartite_matching(key_a, key_b, live_b):
+def bipartite_matching(key_a, key_b, bias_a, bias_b):
     """For each token of set A (see merge) the most similar live one of B, by the cosine of keys.
 
-    key_a (B, Na, D), key_b (B, Nb, D), both of length 1, live_b (B, Nb)
-    -> similarity (B, Na), place in B (B, Na).
+    key_a (B, Na, D), key_b (B, Nb, D), both of length 1; bias_a (B, Na), bias_b (B, Nb): 0 for the
+    live and -inf for the dead -> similarity (B, Na), -inf for the dead, and place in B (B, Na).
     """
-    bias = torch.where(live_b, 0.0, -math.inf).to(key_a.dtype)[:, None]  # (B, 1, Nb)
     # In float32 under autocast too: half precision would round the similarities.
     with torch.autocast(key_a.device.type, enabled=False):
-        cosine = torch.baddbmm(bias, key_a, key_b.transpose(1, 2))  # (B, Na, Nb)
+        cosine = torch.baddbmm(bias_b[:, None], key_a, key_b.transpose(1, 2))  # (B, Na, Nb)
     similarity, place = cosine.max(dim=2)
     # Rounding can lift a cosine above 1, and a threshold of 1 means: never merge.
-    return similarity.clamp(max=1), place
+    return similarity.clamp(max=1) + bias_a, place
 
 
 def merge(tokens, key, importance, masker):
@@ -288,16 +287,19 @@ def merge(tokens, key, importance, masker):
     if tokens.holes:
         tokens = live_first(tokens)
     P = tokens.prefix_tokens
-    rows_a, rows_b = tokens.rows[:, P + 1 :: 2], tokens.rows[:, P::2]  # (B, Na), (B, Nb)
-    live_a, live_b = tokens.live[:, P + 1 :: 2], tokens.live[:, P::2]
+    set_a, set_b = slice(P + 1, None, 2), slice(P, None, 2)
+    rows_a, rows_b = tokens.rows[:, set_a], tokens.rows[:, set_b]  # (B, Na), (B, Nb)
+    live_a, live_b = tokens.live[:, set_a], tokens.live[:, set_b]
     if rows_b.shape[1] == 0:
         return replace(tokens, merges=None), importance
 
     # Which A tokens merge, and into which B tokens?
     key = take(F.normalize(key, dim=-1), tokens.rows)  # (B, N, D)
-    similarity, nearest = bipartite_matching(key[:, P + 1 :: 2], key[:, P::2], live_b)
+    bias = tokens.live.log().to(key.dtype)  # (B, N), 0 for the live and -inf for the dead
+    sets = key[:, set_a], key[:, set_b], bias[:, set_a], bias[:, set_b]
+    similarity, nearest = bipartite_matching(*sets)
     partner = rows_b.gather(1, nearest)  # (B, Na)
-    decision = masker(torch.where(live_a, similarity, -math.inf))  # (B, Na) of 0 and 1
+    decision = masker(similarity)  # (B, Na) of 0 and 1
     merged = decision.bool()  # (B, Na)
 
     # All pairs, not only those that merge: to pick these out, the CPU would wait for the GPU.

@@ -461,7 +461,7 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.overloadpacket.__name__
         by_mask = name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        starts = name not in ("_unsafe_view", "scalar_tensor", "new_empty", "_local_scalar_dense")
+        starts = name not in ("_unsafe_view", "new_empty", "_local_scalar_dense")
         self.count += starts and not function.is_view
         self.waits += by_mask or name in ("nonzero", "_local_scalar_dense")
         return function(*args, **(kwargs or {}))
@@ -484,7 +484,7 @@ def test_a_block_needs_few_operations_in_inference(monkeypatch):
 
         monkeypatch.setattr(torch.Tensor, "tolist", waiting)
         model.blocks[0](tokens, kernel)
-    assert operations.count <= 55 and operations.waits == 1
+    assert operations.count <= 56 and operations.waits == 1
 
 
 @pytest.mark.parametrize("attention", [None, fast_attention])

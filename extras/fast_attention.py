@@ -11,6 +11,7 @@ longest.
 
 import functools
 import math
+import warnings
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -22,9 +23,10 @@ from torch.autograd.function import once_differentiable
 def ragged_attention(qkv, size, live):
     """ltmp.ragged_attention: qkv (T, 3, H, D), size (T,), live (B, N) -> (T, H, D), (T,)."""
     if qkv.device.type != "cpu":
-        # The kernel has no gradient: where one is asked for, padding has.
+        # The kernel has no gradient, no float64 and no large heads: padding has.
         no_gradient = not (torch.is_grad_enabled() and qkv.requires_grad)
-        attention = gpu_attention() if qkv.is_cuda and no_gradient else padded_attention
+        fits = no_gradient and qkv.dtype != torch.float64 and qkv.shape[-1] <= 128
+        attention = gpu_attention(qkv.device) if qkv.is_cuda and fits else padded_attention
         return attention(qkv, size, live)
     counts, scale = live.sum(1).tolist(), qkv.shape[-1] ** -0.5
     outs, importances = [], []
@@ -43,11 +45,17 @@ def ragged_attention(qkv, size, live):
 
 
 @functools.cache
-def gpu_attention():
-    """The kernel, or what there is without Triton."""
+def gpu_attention(device):
+    """The kernel; padded_attention without Triton, or without the C compiler that it needs."""
     try:
         from . import triton_attention
-    except ImportError:
+
+        # The first launch compiles.
+        qkv = torch.ones(1, 3, 1, 16, device=device)
+        triton_attention.ragged_attention(qkv, qkv[:, 0, 0, 0], qkv[:, 0, 0, :1] > 0)
+    except Exception as error:  # whatever Triton raises where it cannot compile
+        message = f"attention by padding, which is slower: no Triton kernel: {error}"
+        warnings.warn(message, stacklevel=2)
         return padded_attention
     return triton_attention.ragged_attention
 

@@ -38,6 +38,9 @@ def measure(model, dataset, args, device, dense=None):
             continue
         images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
         with runtime.amp_context(device, args.amp):
+            if number == 0 and device.type == "cuda":
+                # The first call loads and compiles kernels: not timed.
+                model(images), dense(number, images)
             # logits and wanted (B, classes), kept (depth, B)
             (logits, kept), seconds = runtime.timed(partial(model, images), device)
             wanted, dense_seconds = runtime.timed(partial(dense, number, images), device)

@@ -2,6 +2,8 @@
 
 Triton comes with torch's CUDA wheels on Linux. TRITON_INTERPRET=1 runs the kernel on a CPU.
 
+It takes float32 and half precision, and heads of at most 128 channels.
+
 Each program takes 64 queries of one head of one image. A first loop over the keys finds the output
 and the log of the sum of exp(logits), as in FlashAttention (arXiv 2205.14135). A second loop knows
 that sum, and adds up the attention that each key gets. Logits never leave the chip.
@@ -11,10 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-QUERIES, KEYS = 64, 64
+QUERIES = 64
+# float32 needs more registers and more of the memory on the chip.
+HALF = {"N": 64}
+FULL = {"N": 32, "num_warps": 8, "num_stages": 2}
 
 
-@triton.jit
+# T, the number of all rows, differs from batch to batch: no variant of its own.
+@triton.jit(do_not_specialize=["T"])
 def attention_kernel(
     qkv, size, count, end, out, given, T, scale,
     H: tl.constexpr, D: tl.constexpr, D2: tl.constexpr, M: tl.constexpr, N: tl.constexpr
@@ -79,5 +85,8 @@ def ragged_attention(qkv, size, live):
     grid = (blocks, H, len(counts))
     D2 = max(16, triton.next_power_of_2(D))
     tensors = qkv.contiguous(), size, counts, counts.cumsum(0), out, given
-    attention_kernel[grid](*tensors, T, D**-0.5, H=H, D=D, D2=D2, M=QUERIES, N=KEYS)
+    settings = FULL if qkv.dtype == torch.float32 else HALF
+    # Triton launches on the current GPU, whichever holds the tensors.
+    with torch.cuda.device_of(qkv):
+        attention_kernel[grid](*tensors, T, D**-0.5, H=H, D=D, D2=D2, M=QUERIES, **settings)
     return out, given.sum((0, 1))

@@ -1,10 +1,12 @@
 """extras/fast_attention.py: the attentions of ltmp.py, values and gradients."""
 
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import extras
 import ltmp
 from extras import fast_attention
 
@@ -92,17 +94,37 @@ def test_a_whole_model_has_the_same_gradients(images_at_once, method):
             torch.testing.assert_close(other.grad, p.grad, rtol=0, atol=atol, msg=name)
 
 
-@pytest.mark.parametrize("device, gradient", [("cuda", True), ("cuda", False), ("mps", False)])
-def test_the_kernel_runs_only_on_cuda_and_where_no_gradient_is_asked_for(
-    monkeypatch, device, gradient
-):
+@pytest.mark.parametrize(
+    "changes, wanted",
+    [
+        ({}, "kernel"),
+        ({"dtype": torch.float64}, "padded"),
+        ({"shape": (9, 3, 2, 192)}, "padded"),
+        ({"requires_grad": True}, "padded"),
+        ({"device": torch.device("mps"), "is_cuda": False}, "padded"),
+    ],
+)
+def test_the_kernel_runs_where_it_can(monkeypatch, changes, wanted):
     def named(name):
         return lambda *inputs: name
 
-    monkeypatch.setattr(fast_attention, "gpu_attention", lambda: named("kernel"))
+    monkeypatch.setattr(fast_attention, "gpu_attention", lambda device: named("kernel"))
     monkeypatch.setattr(fast_attention, "padded_attention", named("padded"))
-    qkv = SimpleNamespace(
-        device=torch.device(device), is_cuda=device == "cuda", requires_grad=gradient
-    )
-    wanted = "kernel" if device == "cuda" and not gradient else "padded"
-    assert fast_attention.ragged_attention(qkv, None, None) == wanted
+    qkv = {"device": torch.device("cuda"), "is_cuda": True, "requires_grad": False}
+    qkv |= {"dtype": torch.bfloat16, "shape": (9, 3, 2, 64)} | changes
+    assert fast_attention.ragged_attention(SimpleNamespace(**qkv), None, None) == wanted
+
+
+def test_where_triton_cannot_compile_attention_goes_by_padding(monkeypatch):
+    def compile_nothing(qkv, size, live):
+        assert qkv.shape == (1, 3, 1, 16) and size.shape == (1,) and live.tolist() == [[True]]
+        raise RuntimeError("Failed to find C compiler")
+
+    broken = SimpleNamespace(ragged_attention=compile_nothing)
+    monkeypatch.setattr(extras, "triton_attention", broken, raising=False)
+    monkeypatch.setitem(sys.modules, "extras.triton_attention", broken)
+    choose = fast_attention.gpu_attention.__wrapped__
+    with pytest.warns(UserWarning, match="slower: no Triton kernel: Failed to find C compiler"):
+        assert choose("cpu") is fast_attention.padded_attention
+    broken.ragged_attention = lambda qkv, size, live: None
+    assert choose("cpu") is broken.ragged_attention

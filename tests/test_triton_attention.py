@@ -60,7 +60,8 @@ def test_a_model_computes_the_same_with_it(spread_model):
     for block in model.blocks:
         block.merge_masker.threshold.data.fill_(0.6)
         block.prune_masker.threshold.data.fill_(0.01)
-    with torch.inference_mode():
+    # TF32, of a GPU's convolutions, is coarser than what is compared.
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=False):
         logits, kept = model(images)
         model.attention.ragged_attention = kernel.ragged_attention
         if torch.cuda.is_available():
