@@ -62,8 +62,11 @@ def test_the_example_of_another_vit():
 
 
 def test_the_example_of_a_product(tmp_path, monkeypatch):
+    from ltmp_extras import weights
+
     model = ltmp.create_model("deit_small_patch16_224", depth=12)
-    torch.save({"model": model.state_dict()}, tmp_path / "deit_small_patch16_224-cd65a155.pth")
+    torch.save({"model": model.state_dict()}, tmp_path / "deit.pth")
+    monkeypatch.setitem(weights.WEIGHTS, "deit_small_patch16_224", str(tmp_path / "deit.pth"))
     (tmp_path / "deit").mkdir()
     numbers = ", ".join(["0.9"] * 12)
     (tmp_path / "deit" / "thresholds.json").write_text(

@@ -308,7 +308,7 @@ def test_what_cannot_be_drawn_is_one_line(shirt, tmp_path, monkeypatch, capsys, 
 
 @pytest.fixture(scope="module")
 def found():
-    """60 images under THRESHOLDS: kept (6, 60), logits, dense logits, labels."""
+    """60 images under THRESHOLDS: kept (6, 60), logits, dense logits, labels, the images."""
     model = ltmp.load_thresholds(demo_model(), THRESHOLDS)
     samples = splits.open_split(None, "val", models.clean_transform(model.config))
     images, labels = zip(*batching.subset(samples, 60), strict=True)
@@ -316,17 +316,18 @@ def found():
     with torch.inference_mode():
         logits, kept = model(batch)
         dense_logits, _ = demo_model("dense")(batch)
-    return kept.double(), logits, dense_logits, labels
+    return kept.double(), logits, dense_logits, labels, images
 
 
 def test_the_gallery_shows_the_extremes_and_what_changed(tmp_path, monkeypatch, capsys, found):
-    writes, target = record(monkeypatch, "write"), tmp_path / "new" / "gallery.png"
+    writes, panels = record(monkeypatch, "write"), record(monkeypatch, "panel")
+    target = tmp_path / "new" / "gallery.png"
     flags = ["--limit-val", 60, "-b", 7, "--gallery", target]
     main("--thresholds", write_thresholds(tmp_path), *flags)
     assert capsys.readouterr().out.strip() == str(target)
     assert Image.open(target).format == "PNG"
 
-    kept, logits, dense_logits, labels = found
+    kept, logits, dense_logits, labels, images = found
     config = ltmp.VARIANTS["demo"]
     r = flops.model_flops(config, kept) / flops.model_flops(config)
     order = sorted(range(60), key=lambda i: r[i])
@@ -335,8 +336,17 @@ def test_the_gallery_shows_the_extremes_and_what_changed(tmp_path, monkeypatch, 
     changed = [i for i in range(60) if guesses["dense"][i] != guesses["reduced"][i]]
     changed.sort(key=lambda i: -dense_logits[i].softmax(0).max())
     assert 0 < len(changed) < 60
+    chosen = order[:4] + order[:-5:-1] + changed[:8]
+    model = ltmp.load_thresholds(demo_model(), THRESHOLDS)
+    holders = pictures.held_by(model, torch.stack(images))[2][-1]  # (60, 196)
+    assert len(panels) == 2 * len(chosen)
+    for i, (left, right) in zip(chosen, zip(panels[0::2], panels[1::2], strict=True), strict=True):
+        pixels, cell = pictures.pixels_of(images[i], config), len(left[3]) // 14
+        assert np.array_equal(left[3], pictures.scaled(pixels, 14 * cell))
+        tokens = pictures.token_picture(pixels, holders[i].reshape(14, 14).numpy(), cell)
+        assert np.array_equal(right[3], tokens)
     expected = []
-    for i in order[:4] + order[:-5:-1] + changed[:8]:
+    for i in chosen:
         expected.append((f"r = {r[i]:.3f}, {kept[-1, i]:.0f} tokens", pictures.INK))
         for which, output in outputs.items():
             guess = guesses[which][i]
