@@ -238,7 +238,7 @@ def draw_strips(model, name, images, paths, classes, out):
         batch = image[None].to(model.cls_token.device)
         logits, kept, holders = held_by(model, batch)  # (1, classes), (depth, 1), (depth, 1, P)
         dense_logits, _ = dense(batch)
-        r = flops.flops_ratio(kept.double().cpu(), config).item()
+        r = flops.flops_ratio(kept.cpu().double(), config).item()
         saved = f"r = {r:.3f}: {100 - 100 * r:.1f} % fewer FLOPs than dense"
         lines = [Path(path).name, f"{name}, {model.method}", saved]
         outputs = {"dense": dense_logits, "reduced": logits} if config.num_classes else {}
@@ -270,7 +270,7 @@ def predict(model, loader, text):
         if len(images):
             logits, kept = model(images.to(model.cls_token.device))  # (B, classes), (depth, B)
             probability, guess = logits.float().softmax(1).max(1)
-            found.append((kept.double().cpu(), guess.cpu(), probability.cpu(), labels))
+            found.append((kept.cpu().double(), guess.cpu(), probability.cpu(), labels))
         progress.show(f"{text}: {step} of {len(loader)} batches", step, len(loader))
     if not found:
         runtime.stop("no image could be read")

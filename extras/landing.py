@@ -120,7 +120,7 @@ def shares_of(model, images):
         gone = found > masker.threshold if key[1] == "merge" else found <= masker.threshold
         # What meets nothing prunes all, unless it is off.
         pruned = float(key[1] == "prune" and masker.threshold.item() > 0)
-        shares[key] = gone.double().mean().item() if len(gone) else pruned
+        shares[key] = gone.cpu().double().mean().item() if len(gone) else pruned
     return shares, r
 
 

@@ -85,12 +85,14 @@ def settle_model(args):
         size = known["image_size"] or ltmp.VARIANTS[args.model].image_size
         if size != args.image_size:
             runtime.say(f"note: {args.weights} was learned at {size} pixels, not {args.image_size}")
-    drawn = [known.get("val_fraction"), known.get("seed")]
-    if known.get("data") == args.data and drawn[0] and drawn != [args.val_fraction, args.seed]:
-        runtime.say(
-            f"note: {args.weights} has learned from images that are validation images here: it had "
-            f"--val-fraction {drawn[0]:g} --seed {drawn[1]}"
-        )
+    part, before = args.val_fraction or 0, known.get("val_fraction")
+    if part and before and Path(known["data"]).resolve() == Path(args.data).resolve():
+        # The same seed draws a smaller part from a larger one.
+        if part > before or args.seed != known["seed"]:
+            runtime.say(
+                f"note: {args.weights} may have learned from images of this validation set: it had "
+                f"--val-fraction {before:g} --seed {known['seed']}"
+            )
     return known
 
 

@@ -165,6 +165,8 @@ def load_checkpoint(args):
             f"{path} is no last.pt of this version of train.py: begin anew, with --overwrite in "
             "place of --resume, or without this file"
         )
+    if saved["landed"] and not args.landing:
+        raise ValueError(f"{path} holds thresholds that have landed: --no-landing comes too late")
     for name, value in settings(args).items():
         before = saved["settings"].get(name)
         if before != value:

@@ -2,6 +2,7 @@
 
 import argparse
 import atexit
+import errno
 import os
 import re
 import signal
@@ -13,6 +14,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
 # --------------------------------------------------------------------------------------------------
 # Flags
 
@@ -22,17 +26,17 @@ def command_line(description, left_out=()):
 
     It refuses wrong ones in one line.
     """
-
-    def add(*names, **options):
-        if names[0] not in left_out:
-            parser.add_argument(*names, **options)
-
     for stream in (sys.stdout, sys.stderr):
         # A file name that the terminal's encoding lacks must not end a run.
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(description=description)
     parser.error = stop
+
+    def add(*names, **options):
+        if names[0] not in left_out:
+            parser.add_argument(*names, **options)
+
     add(
         "--data",
         metavar="DIR",
@@ -66,7 +70,7 @@ def command_line(description, left_out=()):
         metavar="N",
         help="images per step and process (default: 128; 32 to train by the adaptive recipe)",
     )
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
+    add("--device", default=DEVICE, help="(%(default)s)")
     add(
         "--amp",
         action=argparse.BooleanOptionalAction,
@@ -117,10 +121,12 @@ def say(text, file=None, speaker=0):
 
 
 def write(text, file):
-    """Write text to a stream, at once; where nobody reads any more, as behind `| head`, nothing."""
+    """Write text to a stream, at once; nothing where nobody reads: `| head`, a closed terminal."""
     try:
         print(text, end="", file=file, flush=True)
-    except BrokenPipeError:
+    except OSError as error:
+        if error.errno not in (errno.EPIPE, errno.EIO):
+            raise
         # Python must not fail on it at its end.
         os.dup2(os.open(os.devnull, os.O_WRONLY), file.fileno())
 
@@ -160,12 +166,10 @@ class Progress:
 # What an error says when the machine gives out, and what to do: the first that fits.
 EXHAUSTED = {
     "shared memory|shm|Bus error": "/dev/shm is full: make it larger, or load with --workers 0",
-    "CUDA out of memory|OutOfMemoryError": "the GPU's memory is full: a smaller -b, begun anew, "
-    "needs less",
+    "CUDA out of memory|OutOfMemoryError": "the GPU's memory is full: take fewer images at once",
     r"DataLoader worker \(pid": "the system ended a process that loads images, as where memory is "
     "full: take fewer --workers",
-    "MemoryError|allocate memory|not enough memory": "memory is full: a smaller -b, begun anew, "
-    "needs less",
+    "MemoryError|allocate memory|not enough memory": "memory is full: take fewer images at once",
     "No space left": "the disk is full, or /dev/shm: make room",
     "Too many open files": "too many files are open: raise the limit by ulimit -n",
 }

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import ltmp
+from extras import runtime
 
 # Without a GPU Triton's kernels run in its interpreter. Triton looks when it is imported.
 if not torch.cuda.is_available():
@@ -15,6 +16,12 @@ if not torch.cuda.is_available():
 
 # 17 tokens.
 TINY = ltmp.ViTConfig(image_size=28, patch_size=7, dim=16, depth=2, heads=2, num_classes=10)
+
+
+@pytest.fixture(autouse=True)
+def on_a_cpu(monkeypatch):
+    """Programs run on a CPU by default, whatever there is: numbers are compared to the last bit."""
+    monkeypatch.setattr(runtime, "DEVICE", "cpu")
 
 
 @pytest.fixture(autouse=True)

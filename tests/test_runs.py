@@ -102,9 +102,11 @@ def test_images_drawn_by_another_seed_may_have_been_learned(image_folder, tiny, 
     path = tmp_path / "run" / "last.pt"
     run_flags = ["--weights", "none", "--recipe", "paper", "--num-classes", "2", "--workers", "0"]
     train.main([*flags, *run_flags, "--out", str(path.parent)])
-    for seed, leaks in ((0, False), (1, True)):
+    flags[1] += "/"
+    for seed, share, leaks in ((0, 0.5, False), (0, 0.4, False), (0, 0.6, True), (1, 0.5, True)):
+        flags[3] = str(share)
         evaluate.main([*flags, "--weights", str(path), "--seed", str(seed)])
-        assert ("has learned from images that are valid" in capsys.readouterr().err) == leaks
+        assert ("may have learned from images of this val" in capsys.readouterr().err) == leaks
 
 
 def test_thresholds_go_with_their_weights(tmp_path, capsys):
@@ -265,6 +267,18 @@ def test_evaluation_says_how_fast_both_are(monkeypatch, capsys):
     monkeypatch.setattr(runtime, "timed", timed)
     evaluate.main(["--limit-val", "8", "-b", "4"])
     assert "not counted: 8 dense, 16 ltmp" in capsys.readouterr().err
+
+
+def test_landing_can_follow_later_but_not_be_undone(tiny, tmp_path, capsys):
+    flags = [*TINY_RUN, "--recipe", "paper", "--out", str(tmp_path)]
+    train.main([*flags, "--no-landing"])
+    learned = read(tmp_path / "thresholds.json")
+    train.main([*flags, "--resume"])
+    landed = read(tmp_path / "thresholds.json")
+    assert landed["merge_thresholds"] != learned["merge_thresholds"]
+    assert landed["landing"] and not learned["landing"]
+    stopped(train.main, [*flags, "--resume", "--no-landing"])
+    assert "have landed: --no-landing comes too late" in capsys.readouterr().err
 
 
 def test_landing_meets_the_target_and_can_be_left_out(tiny, tmp_path):
@@ -458,6 +472,7 @@ def live(flags, moment=None, count=1, said=os.devnull, environment=()):
     os.environ.update(environment)
     sys.argv, sys.stderr = ["train.py"], open(said, "a", buffering=1)
     torch.set_num_threads(1)
+    runtime.DEVICE = "cpu"
     ltmp.VARIANTS["tiny"] = TINY
     run.SAVE_EVERY = 0
     left = [count]
@@ -744,6 +759,15 @@ def test_where_nobody_reads_a_program_goes_on(monkeypatch):
         progress.show("the last step", 2, 2)
 
 
+def test_where_the_terminal_is_gone_a_program_goes_on(monkeypatch):
+    terminal, window = os.openpty()
+    with open(window, "w") as gone:
+        monkeypatch.setattr(sys, "stderr", gone)
+        os.close(terminal)
+        runtime.say("a line")
+        runtime.say("another")
+
+
 @pytest.mark.parametrize(
     "error, advice",
     [
@@ -751,8 +775,8 @@ def test_where_nobody_reads_a_program_goes_on(monkeypatch):
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error."), "--workers 0"),
         (RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed."), "fewer --workers"),
         (torch.cuda.OutOfMemoryError("CUDA out of memory. Tried"), "the GPU's memory is full"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory is full: a smaller"),
-        (MemoryError(), "memory is full: a smaller -b, begun anew, needs less"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "memory is full: take fewer"),
+        (MemoryError(), "memory is full: take fewer images at once"),
         (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), "the disk is full"),
         (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "ulimit -n"),
     ],
