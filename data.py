@@ -66,7 +66,9 @@ def to_rgb(image):
                     f"its pixels go from {pixels.min()} to {pixels.max()} (mode {image.mode}): "
                     "save it with 8 or 16 bits"
                 )
-            image = Image.fromarray((pixels >> 8).astype(np.uint8))
+            # 32 bits can hold numbers of 8 bits.
+            upper = pixels if image.mode == "I" and pixels.max() < 256 else pixels >> 8
+            image = Image.fromarray(upper.astype(np.uint8))
         return image if image.mode == "RGB" else image.convert("RGB")
 
 

@@ -643,8 +643,8 @@ def load_thresholds(model, source):
     """Set the thresholds that training found. Returns the model.
 
     source: the path of a thresholds.json, or its content: "method", and "merge_thresholds" and
-    "prune_thresholds" with one number per block; where its "model" is one of VARIANTS, its depth
-    and width must be this model's. Raises ValueError where they do not fit.
+    "prune_thresholds" with one number per block; "model", one of VARIANTS, and "image_size" say for
+    which model they are, if they are there. Raises ValueError where they do not fit.
     """
     found = source
     if not isinstance(source, Mapping):
@@ -659,6 +659,10 @@ def load_thresholds(model, source):
     if (learned.depth, learned.dim) != (config.depth, config.dim):
         here = f"this model has {config.depth} blocks and {config.dim} channels"
         raise ValueError(f"the thresholds were learned for {found['model']}, {here}")
+    size = found.get("image_size", config.image_size)
+    if size != config.image_size:
+        here = f"this model has {config.image_size}"
+        raise ValueError(f"the thresholds were learned at {size} pixels, {here}")
     steps = METHODS[method]
     # All are checked before the first is set.
     for step in steps:

@@ -123,7 +123,13 @@ def build_model(name, method, state, tau=0.1, r=None, num_classes=None, image_si
             f"note: the head for {num_classes} classes is new "
             f"(the weights have {found or 'none'}): train it with train.py --method dense"
         )
-    return ltmp.load_weights(model, weights.fit(state, model, new_head))
+    fitting = weights.fit(state, model, new_head)
+    if fitting["pos_embed"].shape != state["pos_embed"].shape:
+        runtime.say(
+            f"note: the weights are for {state['pos_embed'].shape[1]} tokens, the model has "
+            f"{model.config.num_tokens}: position embeddings are resized"
+        )
+    return ltmp.load_weights(model, fitting)
 
 
 def with_method(model, method):
@@ -158,7 +164,11 @@ def chosen_model(args):
         if args.thresholds and args.weights is None and others != "the model's own":
             raise ValueError(f"the thresholds were learned for other weights: --weights {others}")
         method = method or found["method"]
-        image_size = image_size or found.get("image_size")
+        learned = found.get("image_size")
+        if learned and image_size and learned != image_size:
+            runtime.say(f"note: the thresholds were learned at {learned} pixels, not {image_size}")
+            found |= {"image_size": image_size}
+        image_size = image_size or learned
     else:
         method = method or method_of(state)
     r = args.r[0] if args.r and len(args.r) == 1 else args.r

@@ -11,6 +11,7 @@ Files are told apart by their content, not by their name, and no code in them is
     .safetensors   any of these, with the package safetensors
 """
 
+import argparse
 import hashlib
 import http.client
 import math
@@ -189,7 +190,8 @@ def fit(state, model, new_head=False):
 def resize_positions(pos_embed, num_tokens, prefix_tokens=1):
     """Position embeddings (1, P + g * g, C) for another square grid -> (1, num_tokens, C).
 
-    Bicubic and anti-aliased; the P prefix tokens keep their own.
+    Bicubic and anti-aliased, as in timm; the P prefix tokens keep their own. Meta and Hugging Face
+    do not anti-alias those of DINOv2 without registers: with theirs features differ by some 4 %.
     """
     count = pos_embed.shape[1]
     if not _is_square(count - prefix_tokens):
@@ -274,6 +276,8 @@ def _read_file(path):
         except ImportError:
             raise _Refused("needs the package safetensors: pip install safetensors") from None
         return load_file(path)
+    # Training scripts keep their flags beside the weights. A Namespace holds values, and no code.
+    torch.serialization.add_safe_globals([argparse.Namespace])
     # Given the name, torch would go by its ending.
     with open(path, "rb") as file:
         return torch.load(file, map_location="cpu", weights_only=True)

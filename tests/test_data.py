@@ -95,6 +95,13 @@ def test_16_bit_grey_is_scaled_to_8_bits(tmp_path, dtype, file_format):
     assert np.array_equal(found, np.repeat(ramp[..., None] // 256, 3, 2))
 
 
+def test_8_bit_grey_in_32_bits_stays_as_it_is(tmp_path):
+    ramp = np.arange(256, dtype=np.int32).reshape(16, 16)
+    Image.fromarray(ramp).save(tmp_path / "a.tif")
+    found = np.asarray(data.open_image(tmp_path / "a.tif"))
+    assert np.array_equal(found, np.repeat(ramp[..., None], 3, 2))
+
+
 @pytest.mark.parametrize(
     "pixels, named",
     [

@@ -107,6 +107,7 @@ def test_weights_load_from_a_file_and_a_dict(tmp_path):
         ({"prune_thresholds": [math.inf] * 6}, "prune_thresholds must be 6 numbers"),
         ({"prune_thresholds": [None] * 6}, "prune_thresholds must be 6 numbers"),
         ({"model": "deit_tiny_patch16_224"}, "were learned for deit_tiny_patch16_224"),
+        ({"image_size": 384}, "learned at 384 pixels, this model has 28"),
     ],
 )
 def test_thresholds_that_do_not_fit_are_refused(change, named):

@@ -36,6 +36,7 @@ TINY_MODEL = ["--model", "tiny", "--weights", "none"]
 # Eight steps, on Fashion-MNIST.
 TINY_RUN = [*TINY_MODEL, "--limit-train", "8", "-b", "2", "--epochs", "2", "--limit-val", "10"]
 TINY_RUN += ["--target", "0.75"]
+FEW = ["--limit-val", "4"]
 RECIPES = {"paper": train, "adaptive": adaptive}
 METRICS = {"top1", "top5", "dense_top1", "dense_top5", "flops_ratio", "gflops", "kl", "kept"}
 
@@ -117,6 +118,15 @@ def test_thresholds_go_with_their_weights(tmp_path, capsys):
     stopped(evaluate.main, flags)
     assert "learned for other weights: --weights mine.pth" in capsys.readouterr().err
     evaluate.main(list(map(str, [*flags, "--weights", "none"])))
+
+
+def test_another_size_than_was_learned_is_named(capsys):
+    evaluate.main(["--image-size", "14", "--thresholds", str(models.DEMO_THRESHOLDS), *FEW])
+    said = capsys.readouterr().err
+    assert "note: the thresholds were learned at 28 pixels, not 14" in said
+    assert "note: the weights are for 197 tokens, the model has 50: position embeddings" in said
+    evaluate.main(FEW)
+    assert "note: " not in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """extras/weights.py: every publisher's checkpoint gives the same model, or a line says why not."""
 
+import argparse
 import hashlib
 import io
 import os
@@ -174,6 +175,9 @@ def other(state):
     return {name: torch.zeros_like(value) for name, value in state.items()}
 
 
+# As training scripts save them beside the weights.
+FLAGS = {"args": argparse.Namespace(lr=0.1, model="vit"), "epoch": 3}
+
 FORMATS = {
     "timm": dict,
     "deit": lambda state: {"model": state},
@@ -182,8 +186,8 @@ FORMATS = {
     "compiled": lambda state: {"model": with_prefix("_orig_mod.", state)},
     "lightning": lambda state: {"state_dict": with_prefix("model.", state), "epoch": 3},
     "lightning, compiled": lambda state: {"state_dict": with_prefix("model._orig_mod.", state)},
-    "deit, average": lambda state: {"model": other(state), "model_ema": state},
-    "timm, average": lambda state: {"state_dict": other(state), "state_dict_ema": state},
+    "deit, average": lambda state: FLAGS | {"model": other(state), "model_ema": state},
+    "timm, average": lambda state: FLAGS | {"state_dict": other(state), "state_dict_ema": state},
     "timm, average alone": lambda state: {"state_dict_ema": with_prefix("module.", state)},
     "hugging face": as_hugging_face,
     "hugging face, deit": lambda state: as_hugging_face(state, "deit."),
