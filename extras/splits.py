@@ -7,7 +7,7 @@ import data
 
 from .fashion_mnist import DEMO_FILE, FashionMNIST
 
-# A folder of this name that holds folders is a part of the data, not a class.
+# A folder that begins so, and holds folders, is a part of the data, not a class.
 PARTS = ("train", "training", "test", "testing", "val", "valid", "validation")
 
 
@@ -53,11 +53,10 @@ def open_split(root, split, transform=None, val_fraction=None, seed=0):
 
 def refuse_parts(root, classes):
     """Raise ValueError where classes are parts of a data set, such as Training and Testing."""
-    parts = [name for name in classes if name.lower() in PARTS]
-    if any(path.is_dir() for name in parts for path in (root / name).iterdir()):
-        raise ValueError(
-            f"{root} must hold train and val: {' and '.join(parts)} holds folders, and is no class"
-        )
+    for name in classes:
+        is_part = name.lower().split("_")[0] in PARTS
+        if is_part and any(path.is_dir() for path in (root / name).iterdir()):
+            raise ValueError(f"{root} must hold train and val: {name} holds folders: it is no class")
 
 
 def first_folder(root, *names):

@@ -31,7 +31,7 @@ def test_folders_with_nearly_the_right_names_must_be_renamed(tmp_path, folders, 
     assert refusal(splits.open_split, tmp_path, "train", None, fraction).endswith(renames)
 
 
-@pytest.mark.parametrize("parts", [("Training", "Testing"), ("Train",), ("training",)])
+@pytest.mark.parametrize("parts", [["Training", "Testing"], ["Train"], ["training"], ["test_set"]])
 def test_parts_of_a_data_set_are_no_classes(tmp_path, parts):
     save_images(tmp_path, *(f"{p}/{name}/{i}.png" for p in parts for name in "ab" for i in "012"))
     message = refusal(splits.open_split, tmp_path, "train", None, 0.5)
