@@ -56,7 +56,9 @@ def refuse_parts(root, classes):
     for name in classes:
         is_part = name.lower().split("_")[0] in PARTS
         if is_part and any(path.is_dir() for path in (root / name).iterdir()):
-            raise ValueError(f"{root} must hold train and val: {name} holds folders: it is no class")
+            raise ValueError(
+                f"{root} must hold train and val: {name} holds folders: it is no class"
+            )
 
 
 def first_folder(root, *names):

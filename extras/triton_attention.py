@@ -13,8 +13,8 @@ import torch
 import triton
 import triton.language as tl
 
+# How many a program takes at once; in float32 fewer keys, as memory on the chip is small.
 QUERIES = 64
-# float32 needs more registers and more of the memory on the chip.
 HALF = {"N": 64}
 FULL = {"N": 32, "num_warps": 8, "num_stages": 2}
 
