@@ -1,5 +1,10 @@
 """extras/triton_attention.py: the kernel, run on a CPU by Triton's interpreter."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -70,6 +75,42 @@ def test_a_model_computes_the_same_with_it(spread_model):
     assert kept[-1].max() < kept[0].max()
     assert torch.equal(found_kept.cpu(), kept)
     torch.testing.assert_close(found.cpu(), logits, atol=1e-5, rtol=1e-5)
+
+
+# Compute capability -> bytes of shared memory that a program can have there.
+SHARED = {75: 65536, 80: 166912, 86: 101376, 90: 232448}
+COMPILE = """
+import sys
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from extras.triton_attention import FULL, HALF, QUERIES, attention_kernel
+
+capability, dtype, D = int(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+options = dict(FULL if dtype == "fp32" else HALF)
+constants = {"H": 6, "D": D, "D2": D, "M": QUERIES, "N": options.pop("N")}
+types = dict.fromkeys(("qkv", "out"), f"*{dtype}") | dict.fromkeys(("size", "given"), "*fp32")
+types |= dict.fromkeys(("count", "end"), "*i64") | {"T": "i32", "scale": "fp32"}
+types |= dict.fromkeys(constants, "constexpr")
+names = attention_kernel.arg_names
+places = {(names.index(name),): value for name, value in constants.items()}
+source = ASTSource(attention_kernel, {name: types[name] for name in names}, places)
+print(compile(source, GPUTarget("cuda", capability, 32), options).metadata.shared)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("target", ["75 fp16", "80 bf16", "86 fp32", "90 bf16"])
+def test_it_compiles_for_gpus_and_fits_their_memory(target, D, tmp_path):
+    command = [sys.executable, "-c", COMPILE, *target.split(), str(D)]
+    changes = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    root = Path(kernel.__file__).parent.parent
+    found = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | changes, cwd=root, check=False
+    )
+    assert found.returncode == 0, found.stderr
+    assert int(found.stdout) <= SHARED[int(target.split()[0])]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
