@@ -146,9 +146,9 @@ def check_folder(args):
 
 def settings(args):
     """What must be the same when a run is resumed."""
-    free = ("resume", "overwrite", "out", "workers", "device", "limit_val", "skip_bad_images")
-    # What comes behind learning may change, too.
-    free += ("landing",)
+    free = ("resume", "overwrite", "out", "workers", "device", "skip_bad_images")
+    # What comes behind learning.
+    free += ("landing", "limit_val")
     found = {name: value for name, value in vars(args).items() if name not in free}
     return {"processes": runtime.processes()[1]} | found
 

@@ -336,7 +336,7 @@ def find_device(name):
     try:
         device = torch.empty(0, device=name).device
         if device.type == "cuda":
-            # What names no GPU, as Triton and pinned memory, goes to the current one.
+            # What names no GPU, such as pinned memory, goes to the current one.
             torch.cuda.set_device(device)
         return device
     except (RuntimeError, AssertionError) as error:

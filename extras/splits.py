@@ -30,9 +30,9 @@ def open_split(root, split, transform=None, val_fraction=None, seed=0):
 
     train = first_folder(root, "train", "training")
     val = first_folder(root, "val", "validation", "valid")
-    if train and val:
-        names = {"train": train, "val": val}
-        renames = [f"{found} to {name}" for name, found in names.items() if found != name]
+    names = {"train": train, "val": val}
+    renames = [f"{found} to {name}" for name, found in names.items() if found not in (None, name)]
+    if renames and train and (val or val_fraction is not None):
         raise ValueError(f"{root} must hold train and val: rename {' and '.join(renames)}")
     if val or val_fraction is None:
         raise ValueError(
@@ -40,8 +40,6 @@ def open_split(root, split, transform=None, val_fraction=None, seed=0):
             "with one folder per class; without val, --val-fraction 0.1 sets a tenth of the images "
             "aside"
         )
-    if train == "training":
-        raise ValueError(f"{root}: rename training to train")
     folder = data.ImageFolder(root / "train" if train else root, transform)
     if not train:
         refuse_parts(root, folder.classes)

@@ -191,7 +191,7 @@ def resize_positions(pos_embed, num_tokens, prefix_tokens=1):
     """Position embeddings (1, P + g * g, C) for another square grid -> (1, num_tokens, C).
 
     Bicubic and anti-aliased, as in timm; the P prefix tokens keep their own. Meta and Hugging Face
-    do not anti-alias those of DINOv2 without registers: with theirs features differ by some 4 %.
+    do not anti-alias those of DINOv2 without registers: its features differ a little from theirs.
     """
     count = pos_embed.shape[1]
     if not _is_square(count - prefix_tokens):
